@@ -1,0 +1,31 @@
+"""Files that are whole or not there: the one place that writes through a temporary name."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+@contextmanager
+def whole(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; move it to `path` only if the block ends well.
+
+    The temporary name keeps the suffixes (SimpleITK and Pillow choose the format by them). Where the
+    block raises, a full disk included, the temporary file is removed and an older `path` stays as it was.
+
+    Parameters
+    ----------
+    path : str or Path
+        Where the file shall be; missing parent folders are made.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".part-{os.getpid()}-{path.name}")
+    try:
+        yield part
+        with open(part, "rb") as stream:
+            os.fsync(stream.fileno())
+        os.replace(part, path)
+    finally:
+        with suppress(FileNotFoundError):
+            part.unlink()

@@ -1,0 +1,228 @@
+"""Backbones: an image in, four feature maps out, with ImageNet weights where they can be had.
+
+Every backbone is a module with `channels` (of f1 to f4) and `strides`, whose forward takes (N, 3, H, W)
+and returns the list [f1, f2, f3, f4].
+"""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+
+class Bottle2neck(nn.Module):
+    """Res2Net bottleneck: the 3x3 convolution of a ResNet split into a hierarchy of `scale` groups.
+
+    Each group is convolved after the result of the group before it was added, so one block sees several
+    receptive fields at once (Gao et al., TPAMI 2021, Fig. 2). The first block of a stage does not add, and
+    average-pools the last group instead of passing it on.
+    """
+
+    scale = 4
+
+    def __init__(self, inputs: int, planes: int, stride: int = 1, shortcut: nn.Module | None = None):
+        super().__init__()
+        width = planes * 26 // 64
+        self.opens_stage = shortcut is not None
+        self.conv1 = nn.Conv2d(inputs, width * self.scale, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width * self.scale)
+        groups = self.scale - 1
+        self.convs = nn.ModuleList(
+            nn.Conv2d(width, width, 3, stride, padding=1, bias=False) for _ in range(groups)
+        )
+        self.bns = nn.ModuleList(nn.BatchNorm2d(width) for _ in range(groups))
+        self.pool = nn.AvgPool2d(3, stride, padding=1) if self.opens_stage else nn.Identity()
+        self.conv3 = nn.Conv2d(width * self.scale, planes * 4, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(planes * 4)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = shortcut if shortcut is not None else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        *splits, last = self.relu(self.bn1(self.conv1(x))).chunk(self.scale, dim=1)
+        seen: list[Tensor] = []
+        for split, conv, bn in zip(splits, self.convs, self.bns, strict=True):
+            if seen and not self.opens_stage:
+                split = split + seen[-1]
+            seen.append(self.relu(bn(conv(split))))
+        out = self.bn3(self.conv3(torch.cat([*seen, self.pool(last)], dim=1)))
+        return self.relu(out + self.downsample(x))
+
+
+class Res2Net50(nn.Module):
+    """Res2Net-50 v1b, 26w 4s: Inf-Net's default backbone, without the classifier.
+
+    The stem is three 3x3 convolutions; shortcuts that change the size average-pool before their 1x1
+    convolution (reference: Fan et al., TMI 2020, and the authors' released code).
+    """
+
+    channels = (256, 512, 1024, 2048)
+    strides = (4, 8, 16, 32)
+
+    def __init__(self):
+        super().__init__()
+        stem = []
+        for inputs, outputs, stride in ((3, 32, 2), (32, 32, 1)):
+            stem += [nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)]
+            stem += [nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+        self.conv1 = nn.Sequential(*stem, nn.Conv2d(32, 64, 3, padding=1, bias=False))
+        self.bn1 = nn.BatchNorm2d(64)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        self.layer1 = self._stage(64, 64, blocks=3, stride=1)
+        self.layer2 = self._stage(256, 128, blocks=4, stride=2)
+        self.layer3 = self._stage(512, 256, blocks=6, stride=2)
+        self.layer4 = self._stage(1024, 512, blocks=3, stride=2)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    @staticmethod
+    def _stage(inputs: int, planes: int, blocks: int, stride: int) -> nn.Sequential:
+        shortcut = nn.Sequential(
+            nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False),
+            nn.Conv2d(inputs, planes * 4, 1, bias=False),
+            nn.BatchNorm2d(planes * 4),
+        )
+        first = Bottle2neck(inputs, planes, stride, shortcut)
+        return nn.Sequential(first, *(Bottle2neck(planes * 4, planes) for _ in range(blocks - 1)))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        f1 = self.layer1(x)
+        f2 = self.layer2(f1)
+        f3 = self.layer3(f2)
+        return [f1, f2, f3, self.layer4(f3)]
+
+
+def _conv_same(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
+    """Convolve with TensorFlow's SAME padding, batch norm: for even sizes at stride 2 one side gets more."""
+    total = kernel - stride
+    before, after = total // 2, total - total // 2
+    if before == after:
+        pad, conv_pad = nn.Identity(), before
+    else:
+        pad, conv_pad = nn.ZeroPad2d((before, after, before, after)), 0
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, conv_pad, groups=groups, bias=False)
+    return nn.Sequential(pad, conv, nn.BatchNorm2d(outputs, eps=1e-3, momentum=0.01))
+
+
+class InvertedResidual(nn.Module):
+    """MBConv without squeeze-and-excitation: widen 1x1, filter each channel, narrow 1x1; add if it fits."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expand: int):
+        super().__init__()
+        middle = inputs * expand
+        self.expand = _conv_same(inputs, middle, 1) if expand > 1 else None
+        self.depthwise = _conv_same(middle, middle, kernel, stride, groups=middle)
+        self.project = _conv_same(middle, outputs, 1)
+        self.relu = nn.ReLU6(inplace=True)
+        self.residual = stride == 1 and inputs == outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = x if self.expand is None else self.relu(self.expand(x))
+        out = self.project(self.relu(self.depthwise(out)))
+        return x + out if self.residual else out
+
+
+class EfficientNetLite0(nn.Module):
+    """EfficientNet-Lite0 (Tan & Le, ICML 2019; Lite: no squeeze-and-excitation, ReLU6), no classifier.
+
+    A tenth of Res2Net-50's work, and its ImageNet weights come from the Python package index: the backbone
+    with which fifty slices are enough on a laptop. f1 to f4 are the last maps at strides 4, 8, 16 and 32.
+    """
+
+    channels = (24, 40, 112, 320)
+    strides = (4, 8, 16, 32)
+    # blocks, kernel, stride, expansion, output channels of the seven stages
+    stages = (
+        (1, 3, 1, 1, 16),
+        (2, 3, 2, 6, 24),
+        (2, 5, 2, 6, 40),
+        (3, 3, 2, 6, 80),
+        (3, 5, 1, 6, 112),
+        (4, 5, 2, 6, 192),
+        (1, 3, 1, 6, 320),
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.stem = _conv_same(3, 32, 3, stride=2)
+        self.relu = nn.ReLU6(inplace=True)
+        self.blocks = nn.ModuleList()
+        inputs, ends = 32, []
+        for blocks, kernel, stride, expand, outputs in self.stages:
+            for k in range(blocks):
+                self.blocks.append(InvertedResidual(inputs, outputs, kernel, stride if k == 0 else 1, expand))
+                inputs = outputs
+            ends.append(len(self.blocks))
+        self._taps = (ends[1], ends[2], ends[4], ends[6])
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x = self.relu(self.stem(x))
+        features = []
+        for start, end in pairwise((0, *self._taps)):
+            for block in self.blocks[start:end]:
+                x = block(x)
+            features.append(x)
+        return features
+
+
+def _lite_name(name: str) -> str | None:
+    """Translate an entry of the published EfficientNet-Lite state dict to ours; None for the classifier."""
+    if name.startswith("_conv_stem."):
+        return name.replace("_conv_stem", "stem.1")
+    if name.startswith("_bn0."):
+        return name.replace("_bn0", "stem.2")
+    if not name.startswith("_blocks."):
+        return None
+    _, number, layer, entry = name.split(".")
+    # in the first block, which does not expand, the published names still count norms from _bn1
+    layers = {
+        "_expand_conv": "expand.1",
+        "_bn0": "expand.2",
+        "_depthwise_conv": "depthwise.1",
+        "_bn1": "depthwise.2",
+        "_project_conv": "project.1",
+        "_bn2": "project.2",
+    }
+    return f"blocks.{number}.{layers[layer]}.{entry}"
+
+
+def _without_classifier(name: str) -> str | None:
+    return None if name.startswith("fc.") else name
+
+
+# class, name of its ImageNet weights in data/catalog.yaml, translation of their entries
+BACKBONES = {
+    "res2net50": (Res2Net50, "res2net50", _without_classifier),
+    "efficientnet_lite0": (EfficientNetLite0, "efficientnet_lite0", _lite_name),
+}
+
+
+def backbone(name: str, pretrained: bool = False) -> nn.Module:
+    """Build a backbone by name, with ImageNet weights if asked.
+
+    Parameters
+    ----------
+    name : str
+        One of `BACKBONES`.
+    pretrained : bool
+        Fetch the ImageNet weights (data/catalog.yaml says from where) and load them strictly.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name.
+    covidnb.catalog.CatalogError
+        Where the weights are neither at hand nor reachable.
+    """
+    if name not in BACKBONES:
+        raise ValueError(f"backbone {name!r} is unknown: choose one of {', '.join(BACKBONES)}")
+    build, entry, translate = BACKBONES[name]
+    net = build()
+    if pretrained:
+        from covidnb.catalog import fetch  # only here: a network can be built where no catalog is
+
+        published = torch.load(fetch(entry), map_location="cpu", weights_only=True)
+        net.load_state_dict({ours: v for k, v in published.items() if (ours := translate(k)) is not None})
+    return net

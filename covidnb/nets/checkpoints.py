@@ -1,0 +1,73 @@
+"""The authors' released weights, read strictly into our networks."""
+
+from torch import Tensor, nn
+
+from covidnb.nets.infnet import InfNet
+
+
+def _infnet_entry(name: str) -> str | None:
+    """Translate an entry of the authors' Inf-Net state dict to ours; None for one its forward never uses."""
+    top, _, rest = name.partition(".")
+    if top == "resnet":
+        return None if rest.startswith("fc.") else f"backbone.{rest}"
+    if top in ("rfb2_1", "rfb3_1", "rfb4_1"):
+        part, _, entry = rest.partition(".")
+        part = {"conv_cat": "concat", "conv_res": "shortcut"}.get(part, part.replace("branch", "branches."))
+        return f"{top[:4]}.{part}.{entry}"
+    if top == "ParDec":
+        part, _, entry = rest.partition(".")
+        part = part.replace("conv_upsample", "up").replace("conv_concat", "concat")
+        return f"decoder.{ {'conv4': 'fuse', 'conv5': 'head'}.get(part, part) }.{entry}"
+    if top.startswith("edge_conv"):
+        number = int(top.removeprefix("edge_conv"))
+        return f"edge.head.{rest}" if number == 4 else f"edge.features.{number - 1}.{rest}"
+    if top.startswith("ra"):
+        stage, number = int(top[2]), int(top.removeprefix(top[:3] + "_conv"))
+        last = 5 if stage == 4 else 4
+        part = {1: "project", last: "head"}.get(number, f"refine.{number - 2}")
+        return f"reverse{stage}.{part}.{rest}"
+    return name
+
+
+def load_official(net: nn.Module, state_dict: dict[str, Tensor]) -> list[str]:
+    """Load a state dict with the authors' names into one of our networks, strictly.
+
+    Parameters
+    ----------
+    net : InfNet
+        The network to fill, built with the backbone that the weights are for.
+    state_dict : dict of str to Tensor
+        The authors' entries.
+
+    Returns
+    -------
+    list of str
+        Entries dropped because the network's forward never uses them (the ImageNet classifier).
+
+    Raises
+    ------
+    TypeError
+        For a network of another kind.
+    ValueError
+        Naming every entry that is missing, unknown or of another shape.
+    """
+    if not isinstance(net, InfNet):
+        raise TypeError(f"the authors published no weights for {type(net).__name__}: pass an InfNet")
+    translated, names, dropped = {}, {}, []
+    for name, value in state_dict.items():
+        ours = _infnet_entry(name)
+        if ours is None:
+            dropped.append(name)
+        else:
+            translated[ours], names[ours] = value, name
+    own = net.state_dict()
+    faults = [f"missing: {name}" for name in own if name not in translated]
+    for ours, value in translated.items():
+        if ours not in own:
+            faults.append(f"unknown: {names[ours]}")
+        elif own[ours].shape != value.shape:
+            faults.append(f"{names[ours]} is {tuple(value.shape)}, expected {tuple(own[ours].shape)}")
+    if faults:
+        raise ValueError(f"not the weights of this {type(net).__name__}:\n  " + "\n  ".join(faults))
+    net.load_state_dict(translated)
+    return dropped

@@ -1,0 +1,123 @@
+"""Our networks and losses against numbers from the authors' own programs (tests/fixtures/parity)."""
+
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from covidnb.losses import infnet_loss
+from covidnb.nets import InfNet, load_official
+
+pytestmark = pytest.mark.parity
+FIXTURES = Path(__file__).parent / "fixtures" / "parity"
+
+
+def normal(name, shape):
+    seed = zlib.crc32(name.encode()) % 2**32
+    return np.random.RandomState(seed).standard_normal(shape)
+
+
+def regenerate(name, shape):
+    """The value of one state-dict entry by the rules of the fixtures' README."""
+    n = normal(name, shape)
+    if name.endswith("num_batches_tracked"):
+        value = np.zeros(shape)
+    elif name.endswith("running_var"):
+        value = 1 + 0.1 * np.abs(n)
+    elif name.endswith("running_mean"):
+        value = 0.1 * n
+    elif len(shape) >= 2:
+        value = n * np.sqrt(1 / np.prod(shape[1:]))
+    elif name.endswith("weight"):
+        value = 1 + 0.1 * n
+    else:
+        value = 0.1 * n
+    return torch.from_numpy(np.asarray(value, dtype=np.float32))
+
+
+@pytest.fixture(scope="module")
+def described():
+    return json.loads((FIXTURES / "infnet.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def numbers():
+    with np.load(FIXTURES / "infnet.npz") as stored:
+        return {name: stored[name] for name in stored.files}
+
+
+def official_weights(described, network):
+    return {k: regenerate(k, s) for k, s in described[network]["state_dict"].items()}
+
+
+@pytest.fixture(scope="module")
+def weights(described):
+    return official_weights(described, "infnet_res2net50")
+
+
+@pytest.fixture
+def net(weights):
+    net = InfNet("res2net50")
+    dropped = load_official(net, weights)
+    assert dropped == ["resnet.fc.weight", "resnet.fc.bias"]
+    return net
+
+
+def relative(ours, theirs):
+    return np.linalg.norm(np.asarray(ours) - theirs) / np.linalg.norm(theirs)
+
+
+def test_infnet_res2net50_outputs(net, numbers):
+    x = torch.from_numpy(normal("x2d", (1, 3, 128, 128)).astype(np.float32))
+    with torch.no_grad():
+        out = net.eval()(x)
+    for k, ours in enumerate(out):
+        assert relative(ours, numbers[f"infnet_res2net50.out{k}"]) < 1e-4
+
+
+def test_parameter_count(described, net):
+    classifier = 2048 * 1000 + 1000  # the authors' module carries it along unused
+    ours = sum(p.numel() for p in net.parameters())
+    assert ours + classifier == described["infnet_res2net50"]["parameters"] == 33_121_721
+
+
+@pytest.mark.parametrize("official", [False, True], ids=["paper", "official"])
+def test_infnet_losses(net, numbers, official):
+    x = torch.from_numpy(normal("train_x", (2, 3, 128, 128)).astype(np.float32))
+    mask, edge = (torch.from_numpy(numbers[f"infnet_train.{k}"]).float() for k in ("gt", "edge"))
+    with torch.no_grad():
+        loss = infnet_loss(net.train()(x), mask, edge, official=official)
+    ours = [float(v) for v in (loss.edge, loss.side2, loss.side3, loss.side4, loss.global_map)]
+    key = "official" if official else "paper"
+    assert relative(ours, numbers[f"infnet_train.{key}.losses_edge_s2_s3_s4_s5"]) < 1e-4
+
+
+def test_infnet_gradient_norms(described, net, numbers):
+    x = torch.from_numpy(normal("train_x", (2, 3, 128, 128)).astype(np.float32))
+    mask, edge = (torch.from_numpy(numbers[f"infnet_train.{k}"]).float() for k in ("gt", "edge"))
+    net.zero_grad()
+    infnet_loss(net.train()(x), mask, edge).total.backward()
+    # the same translation that loads the authors' weights tells which of our gradients is which
+    from covidnb.nets.checkpoints import _infnet_entry
+
+    grads = {name: p.grad for name, p in net.named_parameters()}
+    ours = [float(grads[_infnet_entry(name)].norm()) for name in described["infnet_grad_names"]]
+    theirs = numbers["infnet_train.paper.grad_norms"]
+    assert relative(ours, theirs) < 1e-4
+    assert np.max(np.abs(ours - theirs) / (theirs + 1e-6 * theirs.max())) < 1e-2
+
+
+def test_load_official_names_the_faults(weights):
+    weights = dict(weights)
+    del weights["ParDec.conv5.bias"]
+    weights["ra2_conv4.conv.weight"] = torch.zeros(1, 64, 1, 1)
+    weights["extra.weight"] = torch.zeros(1)
+    with pytest.raises(ValueError) as caught:
+        load_official(InfNet("res2net50"), weights)
+    message = str(caught.value)
+    assert "missing: decoder.head.bias" in message
+    assert "ra2_conv4.conv.weight is (1, 64, 1, 1), expected (1, 64, 3, 3)" in message
+    assert "unknown: extra.weight" in message

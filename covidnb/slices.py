@@ -1,0 +1,393 @@
+"""The two-dimensional data sets: slices with infection masks and edges in the COVID-SemiSeg layout.
+
+Everything that trains or scores on slices goes through `list_slices` (which files belong together) and
+`InfectionSlices` (what a network gets to see of them). The phantom is written in the same layout by
+`semiseg_root`, so no other code asks where slices come from.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+PARTS = {
+    "doctor": "TrainingSet/LungInfection-Train/Doctor-label",
+    "pseudo": "TrainingSet/LungInfection-Train/Pseudo-label",
+    "test": "TestingSet/LungInfection-Test",
+    "multiclass_train": "TrainingSet/MultiClassInfection-Train",
+    "multiclass_test": "TestingSet/MultiClassInfection-Test",
+}
+
+
+class SliceError(ValueError):
+    """A slice, a mask or a folder of them cannot be used as it is."""
+
+
+class SliceFiles(NamedTuple):
+    """The files of one slice; those that its part of the data set does not have are None."""
+
+    name: str
+    image: Path
+    mask: Path | None
+    edge: Path | None
+    prior: Path | None
+
+
+def natural_order(name: str) -> list:
+    """Sort key that puts slice 2 before slice 10."""
+    return [int(piece) if piece.isdigit() else piece for piece in re.split(r"(\d+)", name)]
+
+
+def _by_stem(folder: Path) -> dict[str, Path]:
+    """Files of `folder` by their name without suffix, hidden ones left out."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if not path.is_file() or path.name.startswith("."):
+            continue
+        if path.stem in found:
+            raise SliceError(f"{path} and {found[path.stem].name} carry the same name: keep one of them")
+        found[path.stem] = path
+    return found
+
+
+def _partners(folder: Path, images: dict[str, Path]) -> dict[str, Path]:
+    """Files of `folder` by stem, which must be exactly those of `images`."""
+    if not folder.is_dir():
+        raise SliceError(f"{folder} does not exist: the images beside it need their masks")
+    partners = _by_stem(folder)
+    for stem in sorted(images.keys() - partners.keys(), key=natural_order):
+        raise SliceError(
+            f"{images[stem]} has no partner in {folder}: add {stem}.png there or remove the image"
+        )
+    for stem in sorted(partners.keys() - images.keys(), key=natural_order):
+        raise SliceError(
+            f"{partners[stem]} belongs to no image of {folder.parent / 'Imgs'}: remove it or add the image"
+        )
+    return partners
+
+
+def list_slices(root: str | Path, part: str) -> list[SliceFiles]:
+    """Slices of one part of a data set in the COVID-SemiSeg layout, in natural order of their names.
+
+    Parameters
+    ----------
+    root : the folder that holds TrainingSet and TestingSet, see `semiseg_root`.
+    part : "doctor", "pseudo", "test", "multiclass_train" or "multiclass_test".
+
+    Raises
+    ------
+    SliceError : unknown part, missing folder, or a file without its partner of the same name.
+    """
+    if part not in PARTS:
+        raise SliceError(f"unknown part {part!r}: choose one of {', '.join(PARTS)}")
+    folder = Path(root) / PARTS[part]
+    if not (folder / "Imgs").is_dir():
+        raise SliceError(f"{folder / 'Imgs'} does not exist: {root} should hold the COVID-SemiSeg layout")
+    images = _by_stem(folder / "Imgs")
+    if not images:
+        raise SliceError(f"{folder / 'Imgs'} holds no image")
+    # Unlabelled slices may lack masks, edges can be computed, only the multi-class part has priors.
+    optional = {"Edge", "Prior"} | ({"GT"} if part == "pseudo" else set())
+    partners = {
+        kind: _partners(folder / kind, images)
+        for kind in ("GT", "Edge", "Prior")
+        if kind not in optional or (folder / kind).is_dir()
+    }
+    return [
+        SliceFiles(
+            stem, images[stem], *(partners.get(kind, {}).get(stem) for kind in ("GT", "Edge", "Prior"))
+        )
+        for stem in sorted(images, key=natural_order)
+    ]
+
+
+def _open(path: Path):
+    """Decoded PIL image; a missing, empty, truncated or non-image file is a SliceError that names it."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        image = Image.open(path)
+        image.load()
+    except FileNotFoundError:
+        raise SliceError(f"{path} does not exist") from None
+    except UnidentifiedImageError:
+        state = "empty" if path.stat().st_size == 0 else "not an image"
+        raise SliceError(f"{path} is {state}: fetch the data set again") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise SliceError(f"{path} is damaged ({error}): fetch the data set again") from None
+    return image
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """Grey values of a slice, uint8 (H, W), as stored (already in a lung window).
+
+    Raises
+    ------
+    SliceError : the file is missing, empty, truncated or not an image.
+    """
+    return np.asarray(_open(Path(path)).convert("L"))
+
+
+def read_mask(path: str | Path) -> np.ndarray:
+    """Infection mask of a slice, uint8 (H, W) in 0..255.
+
+    Soft maps (pseudo-labels) keep their grey values; in a palette file every class above 0 is infection.
+
+    Raises
+    ------
+    SliceError : the file is missing, empty, truncated or not an image.
+    """
+    image = _open(Path(path))
+    if image.mode == "P":
+        return np.where(np.asarray(image) > 0, 255, 0).astype(np.uint8)
+    return np.asarray(image.convert("L"))
+
+
+def read_classes(path: str | Path) -> np.ndarray:
+    """Class indices of a multi-class label, uint8 (H, W): 0 background, 1 GGO, 2 consolidation.
+
+    Raises
+    ------
+    SliceError : the file cannot be read, has no palette (grey values are not classes) or other classes.
+    """
+    image = _open(Path(path))
+    if image.mode != "P":
+        raise SliceError(
+            f"{path} has mode {image.mode}: a multi-class label is a palette PNG with indices 0, 1, 2"
+        )
+    classes = np.asarray(image)
+    if classes.max() > 2:
+        raise SliceError(f"{path} holds class {classes.max()}: only 0, 1 and 2 are known")
+    return classes
+
+
+def mask_edges(mask: np.ndarray, method: str = "gradient") -> np.ndarray:
+    """Boundary of a mask as the COVID-SemiSeg data set draws it, uint8 (H, W), 0 or 255.
+
+    The data set's Edge files were made in two ways, both of the mask thresholded at 128 (infected above it):
+
+    - "gradient": pixels where the central difference is not zero, a line two pixels wide, one on either side.
+      Equal in every pixel to all 50 Edge files of the doctor's labels.
+    - "canny": OpenCV's Canny (10, 150), a line of one pixel, as the released code makes it for pseudo-labels.
+      Equal in every pixel to all 1,600 Edge files of the pseudo-labels. Of the doctor's labels it reproduces
+      none: it agrees in 98.7 % of the pixels, but its mean Dice with their Edge files is 0.71.
+
+    Parameters
+    ----------
+    mask : uint8 (H, W), 0..255.
+    """
+    infected = mask > 128
+    if method == "gradient":
+        edges = np.zeros(mask.shape, bool)
+        for axis in (0, 1):
+            moved = np.moveaxis(infected, axis, 0), np.moveaxis(edges, axis, 0)
+            moved[1][1:-1] |= moved[0][2:] != moved[0][:-2]
+            moved[1][0] |= moved[0][1] != moved[0][0]
+            moved[1][-1] |= moved[0][-1] != moved[0][-2]
+        return edges.astype(np.uint8) * 255
+    if method == "canny":
+        import cv2
+
+        return cv2.Canny(infected.astype(np.uint8) * 255, 10, 150)
+    raise SliceError(f"unknown edge method {method!r}: choose 'gradient' or 'canny'")
+
+
+def _augmentation(size: int):
+    """MONAI transforms for a (3, size, size) stack of image, mask and edge, and those for the image alone.
+
+    Flips and quarter turns, because the doctor's slices lie on their side and the unlabelled ones upright;
+    a small affine for posture and crop; gamma and gain for scanner and window.
+    """
+    from monai.transforms import (
+        Compose,
+        RandAdjustContrast,
+        RandAffine,
+        RandFlip,
+        RandRotate90,
+        RandScaleIntensity,
+    )
+
+    together = Compose(
+        [
+            RandFlip(prob=0.5, spatial_axis=0),
+            RandFlip(prob=0.5, spatial_axis=1),
+            RandRotate90(prob=0.75, max_k=3),
+            RandAffine(
+                prob=0.75,
+                rotate_range=np.pi / 12,
+                scale_range=0.1,
+                translate_range=0.05 * size,
+                mode="bilinear",
+                padding_mode="zeros",
+            ),
+        ]
+    )
+    grey_values = Compose(
+        [RandAdjustContrast(prob=0.5, gamma=(0.8, 1.25)), RandScaleIntensity(prob=0.5, factors=0.1)]
+    )
+    return together, grey_values
+
+
+class InfectionSlices(Dataset):
+    """Slices with mask and edge, as the released loader of Inf-Net prepares them, augmented on demand.
+
+    As there, image, mask and edge are resized to a square by Pillow's (antialiased) bilinear filter, the edge
+    after it was drawn at the slice's own size; masks and edges are therefore soft at their rims. Edge files
+    are used where the data set has them, `mask_edges` draws the others.
+    Ours is the augmentation (the released loader has none): it moves the three together and depends on
+    (seed, epoch, index) alone, so that a resumed run sees what an uninterrupted one would have seen.
+
+    Parameters
+    ----------
+    files : from `list_slices`; each needs a mask.
+    size : side of the square in pixels; the paper's is 352.
+    augment : flips, quarter turns, small affine and grey-value changes; call `set_epoch` before each epoch.
+    seed : of the augmentation.
+
+    Items are dicts: "image" float32 (3, size, size), normalised with ImageNet's mean and standard deviation;
+    "mask" and "edge" float32 (1, size, size) in [0, 1]; "name" str.
+
+    Raises
+    ------
+    SliceError : no files, a file without mask, an unreadable file, or a mask of another size than its image.
+    """
+
+    def __init__(self, files: Sequence[SliceFiles], size: int = 352, augment: bool = False, seed: int = 0):
+        if not files:
+            raise SliceError("no slices to load: the list of files is empty")
+        for item in files:
+            if item.mask is None:
+                raise SliceError(f"{item.image} has no mask: it cannot be learned from or scored")
+        self.files = list(files)
+        self.size = size
+        self.seed = seed
+        self.epoch = 0
+        self._transforms = _augmentation(size) if augment else None
+        self._stacks: dict[int, torch.Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the augmentation of `epoch` from now on."""
+        self.epoch = epoch
+
+    def _stack(self, index: int) -> torch.Tensor:
+        """Image, mask and edge as uint8 (3, size, size); decoded at first use and kept."""
+        if index not in self._stacks:
+            self._stacks[index] = torch.from_numpy(_read_stack(self.files[index], self.size))
+        return self._stacks[index]
+
+    def __getitem__(self, index: int) -> dict:
+        stack = self._stack(index).float() / 255
+        if self._transforms is not None:
+            stack = self._augmented(stack, index)
+        image, mask, edge = stack.split(1)
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+        return {"image": (image - mean) / std, "mask": mask, "edge": edge, "name": self.files[index].name}
+
+    def _augmented(self, stack: torch.Tensor, index: int) -> torch.Tensor:
+        together, grey_values = self._transforms
+        draw = np.random.SeedSequence((self.seed, self.epoch, index)).generate_state(2)
+        together.set_random_state(seed=int(draw[0]))
+        grey_values.set_random_state(seed=int(draw[1]))
+        stack = together(stack)
+        image = grey_values(stack[:1])
+        return torch.cat([image, stack[1:]]).as_tensor().clamp(0, 1)
+
+
+def _read_stack(item: SliceFiles, size: int) -> np.ndarray:
+    """Image, mask and edge of one slice, resized as the released loader does, uint8 (3, size, size)."""
+    from PIL import Image
+
+    image, mask = read_image(item.image), read_mask(item.mask)
+    edge = read_mask(item.edge) if item.edge else mask_edges(mask)
+    for path, other in ((item.mask, mask), (item.edge, edge)):
+        if other.shape != image.shape:
+            sizes = " and ".join(f"{width} x {height}" for height, width in (other.shape, image.shape))
+            raise SliceError(
+                f"{path} and {item.image} differ in size ({sizes} pixels): they cannot be one slice"
+            )
+    planes = (Image.fromarray(plane).resize((size, size), Image.BILINEAR) for plane in (image, mask, edge))
+    return np.stack([np.asarray(plane) for plane in planes])
+
+
+def patient_of(name: str) -> str:
+    """Patient (or scan) in the name of a slice: all before the last underscore and its number.
+
+    Raises
+    ------
+    SliceError : the name has no such number, as the doctor-labelled slices of covid-semiseg.
+    """
+    match = re.fullmatch(r"(.+)_\d+", name)
+    if match is None:
+        raise SliceError(
+            f"the name of slice {name!r} does not tell its patient: split by a file of data/splits"
+        )
+    return match[1]
+
+
+def fold(
+    files: Sequence[SliceFiles], k: int, splits: dict | None = None
+) -> tuple[list[SliceFiles], list[SliceFiles]]:
+    """Training and held-out slices of fold `k`; no patient is in both.
+
+    Parameters
+    ----------
+    files : from `list_slices`.
+    k : the fold that is held out, from 0.
+    splits : from `catalog.load_splits`; its "folds" list the names of the slices of each. None: five folds by
+        the patient in the slices' names, as the phantom has it.
+
+    Raises
+    ------
+    SliceError : no such fold, or a slice that no fold names.
+    """
+    folds = splits["folds"] if splits else patient_folds([item.name for item in files])
+    if not 0 <= k < len(folds):
+        raise SliceError(f"there is no fold {k}: choose one from 0 to {len(folds) - 1}")
+    known = {name for names in folds for name in names}
+    for item in files:
+        if item.name not in known:
+            raise SliceError(f"slice {item.name} ({item.image}) is in no fold of this split")
+    held_out = set(folds[k])
+    return [f for f in files if f.name not in held_out], [f for f in files if f.name in held_out]
+
+
+def patient_folds(names: Sequence[str], folds: int = 5) -> list[list[str]]:
+    """Names of slices dealt to `folds` folds, patient by patient in natural order."""
+    patients = sorted({patient_of(name) for name in names}, key=natural_order)
+    if len(patients) < folds:
+        raise SliceError(f"{len(patients)} patients cannot be dealt to {folds} folds")
+    where = {patient: number % folds for number, patient in enumerate(patients)}
+    return [[name for name in names if where[patient_of(name)] == k] for k in range(folds)]
+
+
+def semiseg_root(data: str | Path = "phantom") -> Path:
+    """Root folder of a data set in the COVID-SemiSeg layout.
+
+    Parameters
+    ----------
+    data : "covid-semiseg" (see `catalog.fetch`) or a folder.
+
+    Raises
+    ------
+    SliceError : the folder is not in that layout.
+    CatalogError : the data set is not here and cannot be fetched.
+    """
+    if data == "covid-semiseg":
+        from covidnb import catalog
+
+        root = catalog.fetch("covid-semiseg")
+    else:
+        root = Path(data)
+    if not any((root / folder).is_dir() for folder in PARTS.values()):
+        raise SliceError(f"{root} is not in the COVID-SemiSeg layout: it lacks TrainingSet and TestingSet")
+    return root

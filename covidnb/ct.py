@@ -102,10 +102,10 @@ def read_mask(path: str | Path, like: sitk.Image) -> sitk.Image:
 
 
 def write_like(result: np.ndarray | sitk.Image, image: sitk.Image, path: str | Path) -> Path:
-    """Write a mask or volume that lies on `image`'s grid; for an image from `read_ct`, in its file's own grid.
+    """Write a mask or volume that lies on `image`'s grid.
 
-    The file appears complete or not at all. Whole numbers from 0 to 255 and booleans are written as uint8, all
-    else as float32.
+    For an image from `read_ct` it is written in the grid that the scan's own file had. The file appears
+    complete or not at all. Booleans and whole numbers from 0 to 255 become uint8, everything else float32.
 
     Parameters
     ----------
@@ -198,28 +198,25 @@ def _check_volume(size: tuple[int, ...], components: int, path: Path) -> None:
     if len(size) != 3 or min(size) < 2:
         raise CTError(f"{path}: a 2-D image, {size}. Give the whole scan: at least two slices in one volume.")
     if components != 1:
-        raise CTError(
-            f"{path}: {components} values per voxel (colour?). Give the scan itself, one value each."
-        )
+        raise CTError(f"{path}: {components} values per voxel, a colour image. Give the scan itself.")
 
 
 def _check_complete(path: Path) -> None:
     """Refuse a NIfTI file that is shorter than its header says: ITK would fill the rest with zeros."""
-    suffix = _suffix(path, READABLE)
-    if suffix not in (".nii", ".nii.gz"):
+    if _suffix(path, READABLE) not in (".nii", ".nii.gz"):
         return  # the other formats' readers notice by themselves
-    header = sitk.ImageFileReader()
-    header.SetFileName(str(path))
-    header.ReadImageInformation()
+    header = _read_header(str(path))
     bits = math.prod(header.GetSize()) * int(header.GetMetaData("bitpix"))
     expected = int(float(header.GetMetaData("vox_offset"))) + bits // 8
+    with path.open("rb") as raw:
+        zipped = raw.read(2) == b"\x1f\x8b"
     length = 0
     try:
-        with gzip.open(path) if suffix == ".nii.gz" else path.open("rb") as stream:
+        with gzip.open(path) if zipped else path.open("rb") as stream:
             while block := stream.read(1 << 22):
                 length += len(block)
     except (EOFError, gzip.BadGzipFile, zlib.error):
-        length = 0
+        length = 0  # the end is missing, or the checksum is wrong
     if length < expected:
         raise CTError(f"{path}: cut short or damaged. Copy or download it again.")
 
@@ -240,59 +237,69 @@ def _read_series(folder: Path, series: str | None) -> sitk.Image:
             f"{folder}: which DICOM series? Say read_ct(path, series=UID) with one of these:\n{listing}"
         )
     files = found[series if series is not None else next(iter(found))]
+    for file in files:
+        _check_slice_complete(Path(file))
     try:
-        if len(files) == 1:  # an enhanced CT keeps all its slices in one file
-            image = sitk.ReadImage(files[0])
-        else:
-            reader = sitk.ImageSeriesReader()
-            reader.SetFileNames(files)
-            reader.MetaDataDictionaryArrayUpdateOn()
-            image = reader.Execute()
-            _check_positions(
-                np.array([_numbers(reader.GetMetaData(i, "0020|0032")) for i in range(len(files))]),
-                np.array(_numbers(reader.GetMetaData(0, "0020|0037"))),
-                folder,
-            )
+        # an enhanced CT keeps all its slices, and their positions, in one file
+        image = sitk.ReadImage(_sorted_by_position(files, folder) if len(files) > 1 else files[0])
     except RuntimeError as error:
         raise CTError(
-            f"{folder}: the DICOM series cannot be read: a slice is damaged, lacks its position or differs in "
-            f"size. Export the series again. (ITK: {str(error).strip().splitlines()[-1]})"
+            f"{folder}: the DICOM series cannot be read: a slice is damaged, lacks its position or has "
+            f"another size. Export the series again. (ITK: {str(error).strip().splitlines()[-1]})"
         ) from None
     _check_volume(image.GetSize(), image.GetNumberOfComponentsPerPixel(), folder)
     return image
 
 
+def _read_header(path: str) -> sitk.ImageFileReader:
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(path)
+    reader.ReadImageInformation()
+    return reader
+
+
+def _check_slice_complete(path: Path) -> None:
+    """Refuse a DICOM file whose pixel data end early: GDCM would fill in whatever memory holds."""
+    data = path.read_bytes()
+    tag = data.rfind(b"\xe0\x7f\x10\x00")  # (7FE0,0010) PixelData, last in the file; little endian
+    explicit = data[tag + 4 : tag + 6] in (b"OW", b"OB")
+    start = tag + (12 if explicit else 8)
+    length = int.from_bytes(data[start - 4 : start], "little")
+    compressed = length == 0xFFFFFFFF  # length unknown beforehand: its decoder notices a missing end
+    if tag < 0 or not compressed and start + length > len(data):
+        raise CTError(f"{path}: this slice is cut short. Copy or export it again.")
+
+
 def _describe_series(files: tuple[str, ...]) -> str:
-    header = sitk.ImageFileReader()
-    header.SetFileName(files[0])
-    header.ReadImageInformation()
+    header = _read_header(files[0])
     name = header.GetMetaData("0008|103e").strip() if header.HasMetaDataKey("0008|103e") else "no description"
     return f"{len(files)} slices, {name}"
 
 
-def _numbers(field: str) -> list[float]:
-    return [float(part) for part in field.split("\\")]
-
-
-def _check_positions(positions: np.ndarray, cosines: np.ndarray, folder: Path) -> None:
-    """Refuse a series with a gap, a doubled slice or a tilted gantry; positions are (slices, 3) in mm."""
+def _sorted_by_position(files: tuple[str, ...], folder: Path) -> list[str]:
+    """Sort slices along their normal; refuse a gap, a doubled slice or a tilted gantry."""
+    headers = [_read_header(file) for file in files]
+    cosines = np.array(headers[0].GetMetaData("0020|0037").split("\\"), float)  # of rows, then columns
+    positions = np.array([header.GetMetaData("0020|0032").split("\\") for header in headers], float)
     normal = np.cross(cosines[:3], cosines[3:])
-    along = positions @ normal
+    order = np.argsort(positions @ normal)
+    along = positions[order] @ normal  # mm
     steps = np.diff(along)
     usual = float(np.median(steps))
-    for i in np.flatnonzero(np.abs(steps - usual) > 0.1 * abs(usual)):
-        here = f"between {along[i]:g} and {along[i + 1]:g} mm along the slice axis, where the step is {usual:g} mm"
-        if steps[i] < 0.5 * usual:
-            raise CTError(f"{folder}: two slices overlap {here}. Keep one acquisition per folder.")
-        raise CTError(f"{folder}: a slice is missing {here}. Export the series again, with all its slices.")
-    if usual < 1e-3:
+    for i in np.flatnonzero(np.abs(steps - usual) > 0.1 * usual):
+        here = f"{along[i]:g} and {along[i + 1]:g} mm on the slice axis, where the step is {usual:g} mm"
+        if steps[i] > usual:
+            raise CTError(f"{folder}: a slice is missing between {here}. Export all slices of the series.")
+        raise CTError(f"{folder}: slices too close, at {here}. Keep one acquisition per folder.")
+    if usual == 0:
         raise CTError(f"{folder}: all slices lie at {along[0]:g} mm. Keep one acquisition per folder.")
-    shift = np.linalg.norm(np.diff(positions, axis=0) - np.outer(steps, normal), axis=1).max()
+    shift = np.linalg.norm(np.diff(positions[order], axis=0) - np.outer(steps, normal), axis=1).max()
     if shift > 0.02 * usual:
         raise CTError(
-            f"{folder}: tilted gantry: each slice is shifted by {shift:.2g} mm against the one before, which a "
-            "regular grid cannot hold. Convert it with a tool that untilts (dcm2niix does), and give the result."
+            f"{folder}: tilted gantry: each slice is shifted by {shift:.2g} mm against the one before, and a "
+            "regular grid cannot hold that. Convert it with a tool that untilts it, such as dcm2niix."
         )
+    return [files[i] for i in order]
 
 
 # ---------------------------------------------------------------------------------------------- values
@@ -311,9 +318,9 @@ def _value_range(image: sitk.Image, path: Path) -> tuple[float, float]:
 def _check_hu(image: sitk.Image, path: Path) -> None:
     """Refuse values that cannot be HU, by the two anchors of the scale: gas near -1000 and tissue near 0.
 
-    In HU every scan that shows some lung has two groups of voxels: gas in and around the body, and soft tissue,
-    fat and blood within 200 HU of water. A chest cropped to the lungs keeps both. Whatever was scaled to 8 bits,
-    to [0, 1] or stretched, or has lost its rescale intercept, misses one of the two.
+    In HU every scan that shows some lung has two groups of voxels: gas in and around the body, and soft
+    tissue, fat and blood within 200 HU of water. A chest cropped to the lungs keeps both. Whatever was scaled
+    to 8 bits, to [0, 1] or stretched, or has lost its rescale intercept, misses one of the two.
     """
     step = max(1, round((image.GetNumberOfPixels() / 1e6) ** (1 / 3)))  # a million voxels tell as much as all
     voxels = sitk.GetArrayViewFromImage(image)[::step, ::step, ::step]
@@ -332,13 +339,12 @@ def _check_hu(image: sitk.Image, path: Path) -> None:
     elif low >= 0:
         found = f"its values run from {low:g} to {high:g}: stored values without their rescale intercept"
     else:
-        found = (
-            f"{gas.size / max(voxels.size, 1):.1%} of its voxels are below -500 HU: no lung and no air in it"
-        )
+        share = gas.size / max(voxels.size, 1)
+        found = f"{share:.1%} of its values lie between -1500 and -500, and a chest is part air, part tissue"
     raise CTError(
-        f"{path}: not in Hounsfield units: {found}. In HU air is -1000 and water 0 in every scan, which all "
-        "thresholds, windows and trained networks here rely on. Go back to the DICOM series or a file that kept "
-        "HU. If you know the window this file was stored in, say so: "
+        f"{path}: not in Hounsfield units: {found}. In HU air is -1000 and water 0 in every scan: "
+        "thresholds, windows and trained networks rely on it. Go back to the DICOM series or to a file that "
+        "kept HU. If you know the window this file was stored in, say so: "
         "read_ct(path, stored_window=(-1250, 250))."
     )
 
@@ -357,8 +363,8 @@ def _undo_window(image: sitk.Image, stored_window: tuple[float, float], path: Pa
                 image, shift=low_hu / scale - first, scale=scale, outputPixelType=sitk.sitkFloat64
             )
     raise CTError(
-        f"{path}: stored_window is for values from 0 to 255, 0 to 1 or -1 to 1, and this file runs from {low:g} "
-        f"to {high:g}. If it holds HU, leave stored_window out."
+        f"{path}: stored_window is for values from 0 to 255, 0 to 1 or -1 to 1; this file has {low:g} to "
+        f"{high:g}. If it holds HU, leave stored_window out."
     )
 
 
@@ -396,8 +402,8 @@ def _corners(image: sitk.Image) -> np.ndarray:
 def _check_same_grid(image: sitk.Image, like: sitk.Image, what: str) -> None:
     if image.GetSize() != like.GetSize():
         raise CTError(
-            f"{what}: {image.GetSize()} voxels (x, y, z), the scan has {like.GetSize()}. Use the mask of this "
-            "very scan, or resample it to the scan first."
+            f"{what}: {image.GetSize()} voxels (x, y, z), the scan has {like.GetSize()}. Use the mask of "
+            "this very scan, or resample it to the scan first."
         )
     apart = np.linalg.norm(_corners(image) - _corners(like), axis=1).max()
     if apart > 0.05 * min(like.GetSpacing()):

@@ -3,13 +3,13 @@
 import gzip
 import json
 import math
-import os
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
+
+from covidnb.files import whole
 
 READABLE = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".nhdr")
 WRITABLE = (".nii", ".nii.gz", ".mha", ".nrrd")  # one file each, so that a write can be atomic
@@ -124,7 +124,7 @@ def write_like(result: np.ndarray | sitk.Image, image: sitk.Image, path: str | P
         The file cannot be written, for example because the disk is full. Nothing is left behind.
     """
     path = Path(path)
-    suffix = _suffix(path, WRITABLE)
+    _suffix(path, WRITABLE)
     if isinstance(result, sitk.Image):
         _check_same_grid(result, image, "the result to write")
         result = sitk.GetArrayViewFromImage(result)
@@ -133,16 +133,16 @@ def write_like(result: np.ndarray | sitk.Image, image: sitk.Image, path: str | P
             f"{path}: the array is {result.shape} (z, y, x), the scan is {image.GetSize()[::-1]}. "
             "Resample or invert the crop first."
         )
-    whole = result.dtype.kind in "bui" and (result.size == 0 or (result.min() >= 0 and result.max() <= 255))
-    out = sitk.GetImageFromArray(result.astype(np.uint8 if whole else np.float32, copy=False))
+    is_label = result.dtype.kind in "bui" and result.min() >= 0 and result.max() <= 255
+    out = sitk.GetImageFromArray(result.astype(np.uint8 if is_label else np.float32, copy=False))
     out.CopyInformation(image)
     out = _to_file_grid(out, image)
-
-    def write(temporary: Path) -> None:
-        sitk.WriteImage(out, str(temporary), useCompression=True)
-        _check_complete(temporary)  # ITK's NIfTI writer does not notice a full disk
-
-    _replace_atomically(path, suffix, write)
+    with whole(path) as part:
+        try:
+            sitk.WriteImage(out, str(part), useCompression=True)
+            _check_complete(part)  # ITK's NIfTI writer does not notice a full disk
+        except (RuntimeError, CTError) as fault:
+            raise OSError(f"{path}: could not be written: is the disk full, or the folder locked?") from fault
     return path
 
 
@@ -227,6 +227,11 @@ def _read_series(folder: Path, series: str | None) -> sitk.Image:
         uid: sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), uid)
         for uid in sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
     }
+    listed = {Path(file).name for files in found.values() for file in files}
+    for path in sorted(folder.iterdir()):
+        # GDCM passes over a slice that it cannot read: at either end of the scan no gap would tell
+        if path.name not in listed and path.name != "DICOMDIR" and path.is_file() and _is_dicom(path):
+            raise CTError(f"{path}: this DICOM file is cut short or damaged. Copy or export it again.")
     if not found:
         raise CTError(
             f"{folder}: no DICOM slices in this folder. Give the folder that holds them directly, or a file."
@@ -237,8 +242,6 @@ def _read_series(folder: Path, series: str | None) -> sitk.Image:
             f"{folder}: which DICOM series? Say read_ct(path, series=UID) with one of these:\n{listing}"
         )
     files = found[series if series is not None else next(iter(found))]
-    for file in files:
-        _check_slice_complete(Path(file))
     try:
         # an enhanced CT keeps all its slices, and their positions, in one file
         image = sitk.ReadImage(_sorted_by_position(files, folder) if len(files) > 1 else files[0])
@@ -258,16 +261,9 @@ def _read_header(path: str) -> sitk.ImageFileReader:
     return reader
 
 
-def _check_slice_complete(path: Path) -> None:
-    """Refuse a DICOM file whose pixel data end early: GDCM would fill in whatever memory holds."""
-    data = path.read_bytes()
-    tag = data.rfind(b"\xe0\x7f\x10\x00")  # (7FE0,0010) PixelData, last in the file; little endian
-    explicit = data[tag + 4 : tag + 6] in (b"OW", b"OB")
-    start = tag + (12 if explicit else 8)
-    length = int.from_bytes(data[start - 4 : start], "little")
-    compressed = length == 0xFFFFFFFF  # length unknown beforehand: its decoder notices a missing end
-    if tag < 0 or not compressed and start + length > len(data):
-        raise CTError(f"{path}: this slice is cut short. Copy or export it again.")
+def _is_dicom(path: Path) -> bool:
+    with path.open("rb") as stream:
+        return stream.read(132)[128:] == b"DICM"
 
 
 def _describe_series(files: tuple[str, ...]) -> str:
@@ -411,18 +407,3 @@ def _check_same_grid(image: sitk.Image, like: sitk.Image, what: str) -> None:
             f"{what}: lies up to {apart:.3g} mm off the scan's grid (another origin, spacing or direction). "
             "Use the mask of this very scan, or resample it to the scan first."
         )
-
-
-def _replace_atomically(path: Path, suffix: str, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it; on failure leave nothing behind."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{suffix}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    except (RuntimeError, OSError, CTError) as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise OSError(
-            f"{path}: could not be written. Check that the folder exists and the disk has room. ({reason})"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -228,10 +228,10 @@ def test_doubled_slices_tilted_gantry_and_damaged_slices_are_refused(tmp_path):
         read_ct(tmp_path / "double")
     write_dicom(tmp_path / "cut", toy_scan())
     last = sorted((tmp_path / "cut").iterdir())[-1]
-    whole = last.read_bytes()
-    for missing in (1, 300, 962, 970):  # in the pixels, in their length, before them
-        last.write_bytes(whole[:-missing])
-        with pytest.raises(CTError, match="cut"):
+    data = last.read_bytes()
+    for missing in (1, 300, 962, 970, 1600):  # in the pixels, in their length, before them, in the header
+        last.write_bytes(data[:-missing])
+        with pytest.raises(CTError, match=f"{last.name}: this DICOM file is cut short"):
             read_ct(tmp_path / "cut")
     write_dicom(tmp_path / "one", toy_scan()[:, :, :1])
     with pytest.raises(CTError, match="2-D"):
@@ -393,7 +393,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
 
     monkeypatch.setattr(sitk, "WriteImage", full)
     for name in ("old.nii.gz", "new.nii.gz", "new.mha"):
-        with pytest.raises(OSError, match=rf"{name}.*disk.*No space left"):
+        with pytest.raises(OSError, match=rf"no room to write .*{name}"):
             write_like(image, image, tmp_path / name)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["old.nii.gz", "scan.nii.gz"]
     assert (tmp_path / "old.nii.gz").read_bytes() == before
@@ -413,12 +413,6 @@ def test_a_nifti_that_itk_cut_short_without_a_word_is_noticed(tmp_path, monkeypa
     with pytest.raises(OSError, match="could not be written"):
         write_like(image, image, tmp_path / f"mask{suffix}")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["scan.nii.gz"]
-
-
-def test_a_missing_folder_is_named(tmp_path):
-    image = read_ct(save(toy_scan(), tmp_path / "scan.nii.gz"))
-    with pytest.raises(OSError, match="nowhere.*folder exists"):
-        write_like(image, image, tmp_path / "nowhere" / "mask.nii.gz")
 
 
 # ---------------------------------------------------------------------------------------------- real scans

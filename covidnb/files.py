@@ -1,5 +1,6 @@
 """Files that are whole or not there: the one place that writes through a temporary name."""
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,6 +18,11 @@ def whole(path: str | Path) -> Iterator[Path]:
     ----------
     path : str or Path
         Where the file shall be; missing parent folders are made.
+
+    Raises
+    ------
+    OSError
+        Naming `path` where the disk is full.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -26,6 +32,10 @@ def whole(path: str | Path) -> Iterator[Path]:
         with open(part, "rb") as stream:
             os.fsync(stream.fileno())
         os.replace(part, path)
+    except OSError as fault:
+        if fault.errno != errno.ENOSPC:
+            raise
+        raise OSError(errno.ENOSPC, f"no room to write {path}: free some space and start again") from fault
     finally:
         with suppress(FileNotFoundError):
             part.unlink()

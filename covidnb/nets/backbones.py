@@ -95,7 +95,10 @@ class Res2Net50(nn.Module):
 
 
 def _conv_same(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
-    """Convolve with TensorFlow's SAME padding, batch norm: for even sizes at stride 2 one side gets more."""
+    """Convolve with TensorFlow's SAME padding, batch norm: for even sizes at stride 2 one side gets more.
+
+    The published norm has momentum 0.01, for a hundred thousand steps; our runs have hundreds: torch's 0.1.
+    """
     total = kernel - stride
     before, after = total // 2, total - total // 2
     if before == after:
@@ -103,7 +106,7 @@ def _conv_same(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: 
     else:
         pad, conv_pad = nn.ZeroPad2d((before, after, before, after)), 0
     conv = nn.Conv2d(inputs, outputs, kernel, stride, conv_pad, groups=groups, bias=False)
-    return nn.Sequential(pad, conv, nn.BatchNorm2d(outputs, eps=1e-3, momentum=0.01))
+    return nn.Sequential(pad, conv, nn.BatchNorm2d(outputs, eps=1e-3))
 
 
 class InvertedResidual(nn.Module):

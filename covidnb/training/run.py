@@ -1,0 +1,232 @@
+"""A run folder: the config it was started with, its last checkpoint, its log and its results."""
+
+import csv
+import dataclasses
+import difflib
+import io
+import json
+import platform
+import types
+import typing
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from covidnb.files import whole
+
+CARD = """# Model card: {method}, COVID-19 lesion segmentation in CT slices
+
+**Not for diagnosis.** Research and teaching only; never validated for clinical use.
+
+- Data: {data}; {trained} slices trained on, {evaluated} slices evaluated on.
+- Licence: the code is MIT; the weights inherit the terms of the data (book page "Data sets").
+- Input: axial slices in a lung window, 8-bit, resized to a square and ImageNet-normalised.
+- Output: probability of infection for each pixel; 0.5 is the cut.
+
+## Scores on the evaluated slices
+
+| score | value |
+| --- | --- |
+{rows}
+
+## Configuration
+
+| field | value |
+| --- | --- |
+{settings}
+
+## Software and machine
+
+| what | value |
+| --- | --- |
+{software}
+"""
+
+
+class ConfigError(ValueError):
+    """A run's parameters cannot be used; the message names the field and the remedy."""
+
+
+def _fits(value, hint) -> bool:
+    """Whether `value` has the type `hint`; a whole number counts as a float, True as no number."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, a) for a in args)
+    if origin is tuple:
+        return isinstance(value, list | tuple) and all(_fits(v, args[0]) for v in value)
+    if origin is typing.Literal:
+        return value in args
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return value is None if hint is type(None) else isinstance(value, hint)
+
+
+def parse_config(kind: type, values: dict):
+    """Fill a config dataclass from a notebook's or a file's parameters.
+
+    Parameters
+    ----------
+    kind : type
+        A dataclass whose fields have defaults.
+    values : dict
+        Field name to value; lists stand for tuples.
+
+    Raises
+    ------
+    ConfigError
+        Naming an unknown field (with the nearest known one) or a value of the wrong type.
+    """
+    hints = typing.get_type_hints(kind)
+    for name, value in values.items():
+        if name not in hints:
+            near = difflib.get_close_matches(name, hints, n=1)
+            advice = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(hints)}"
+            raise ConfigError(f"unknown parameter {name!r}: {advice}")
+        if not _fits(value, hints[name]):
+            wanted = dataclasses.fields(kind)[list(hints).index(name)].type
+            wanted = getattr(wanted, "__name__", str(wanted))
+            raise ConfigError(f"parameter {name!r} must be {wanted}, got {value!r}")
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def notebook_parameters(names: dict) -> dict:
+    """Pick a notebook's parameters out of its `globals()`: the plain values that it holds before it imports.
+
+    Papermill adds a value that the notebook never declared as one more name, so a misspelt parameter is
+    found here and refused by `parse_config`.
+    """
+    plain = (bool, int, float, str, list, tuple, dict, type(None))
+    return {
+        name: value
+        for name, value in names.items()
+        if isinstance(value, plain) and not name.startswith("_") and name not in ("In", "Out")
+    }
+
+
+def versions() -> dict[str, str]:
+    """Name what a run's numbers depend on: Python, torch, the machine."""
+    import numpy
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU"
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "platform": platform.platform(),
+        "device": device,
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+class Run:
+    """A run folder, opened for a config: new, or the one it was started with.
+
+    Parameters
+    ----------
+    folder : str or Path
+        Made if missing. One that was started with other parameters is refused.
+    config : dataclass
+        Written to config.json.
+
+    Raises
+    ------
+    ConfigError
+        Naming the fields in which the folder's own config differs.
+    """
+
+    def __init__(self, folder: str | Path, config):
+        self.folder = Path(folder)
+        self.config = config
+        asked = json.loads(json.dumps(dataclasses.asdict(config)))
+        path = self.folder / "config.json"
+        if path.exists():
+            started = json.loads(path.read_text())
+            fields = sorted(k for k in {*asked, *started} if asked.get(k) != started.get(k))
+            if fields:
+                pairs = ", ".join(f"{k} {started.get(k)!r} (now {asked.get(k)!r})" for k in fields)
+                raise ConfigError(
+                    f"{self.folder} was started with {pairs}: choose another folder, or delete this one"
+                )
+        else:
+            self.write_json("config.json", asked)
+
+    @property
+    def checkpoint_path(self) -> Path:
+        return self.folder / "checkpoint" / "last.pt"
+
+    @property
+    def weights_path(self) -> Path:
+        return self.folder / "weights.safetensors"
+
+    def write_json(self, name: str, content) -> None:
+        """Write one JSON file of the folder, whole or not at all."""
+        with whole(self.folder / name) as part:
+            part.write_text(json.dumps(content, indent=2) + "\n")
+
+    def write_log(self, history: list[dict]) -> None:
+        """Write log.csv: one row an epoch. Rewritten each time, so a resumed run has no double rows."""
+        columns = list(dict.fromkeys(key for row in history for key in row))
+        table = io.StringIO()
+        writer = csv.DictWriter(table, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(history)
+        with whole(self.folder / "log.csv") as part:
+            part.write_text(table.getvalue())
+
+    def save_checkpoint(self, state: dict) -> None:
+        """Write all that the next step depends on; a kill at any moment leaves the one before or this one."""
+        with whole(self.checkpoint_path) as part:
+            torch.save(state, part)
+
+    def load_checkpoint(self) -> dict | None:
+        """Read the last checkpoint, on the CPU; None where the run has not come that far.
+
+        Raises
+        ------
+        ConfigError
+            For a file that is no checkpoint.
+        """
+        if not self.checkpoint_path.exists():
+            return None
+        try:
+            return torch.load(self.checkpoint_path, map_location="cpu", weights_only=True)
+        except Exception as fault:
+            raise ConfigError(
+                f"{self.checkpoint_path} cannot be read ({type(fault).__name__}): delete it to start again"
+            ) from fault
+
+    def write_card(self, method: str, data: str, trained: int, evaluated: int, scores: dict) -> None:
+        """Write model_card.md: what the weights were made from, how well they do, what they are not for."""
+        rows = "\n".join(f"| {k} | {v:.4f} |" for k, v in scores.items() if isinstance(v, float))
+        settings = "\n".join(f"| {k} | {v} |" for k, v in dataclasses.asdict(self.config).items())
+        software = "\n".join(f"| {k} | {v} |" for k, v in versions().items())
+        with whole(self.folder / "model_card.md") as part:
+            part.write_text(CARD.format(**locals()))
+
+    def save_weights(self, net: nn.Module) -> None:
+        """Write the trained weights as safetensors."""
+        with whole(self.weights_path) as part:
+            save_file({k: v.contiguous().cpu() for k, v in net.state_dict().items()}, part)
+
+
+def load_weights(net: nn.Module, path: str | Path) -> None:
+    """Load a safetensors file into a network, strictly.
+
+    Raises
+    ------
+    ConfigError
+        Where the file is missing, no safetensors file, or holds another network's weights.
+    """
+    if not Path(path).is_file():
+        raise ConfigError(f"{path}: no such weights file; give the weights.safetensors of a finished run")
+    try:
+        net.load_state_dict(load_file(path))
+    except Exception as fault:
+        reason = str(fault).splitlines()[0]
+        raise ConfigError(
+            f"{path} does not hold the weights of this {type(net).__name__}: {reason}"
+        ) from fault

@@ -51,7 +51,7 @@ def slice_scores(preds: Sequence, truths: Sequence) -> dict:
     ValueError
         Different numbers of slices or sizes, NaN, values outside the range; the message names the slice.
 
-    Source: Fan et al. 2020, section IV-B, and the toolbox the authors released with it.
+    Source: Fan et al. 2020, and the toolbox the authors released with it.
     """
     curves, per_slice = [], []
     for pred, truth in _pairs(preds, truths):
@@ -82,6 +82,32 @@ def dice_at(preds: Sequence, truths: Sequence, threshold: float = 0.5) -> float:
     is at least `threshold`. A slice without lesion scores 1 when nothing is predicted in it, else 0.
     """
     return float(np.mean([_dice(pred >= threshold, truth) for pred, truth in _pairs(preds, truths)]))
+
+
+def reliability(preds: Sequence, truths: Sequence, bins: int = 10) -> dict:
+    """How far a map's probabilities can be taken at their word, over the pixels of all slices.
+
+    Parameters
+    ----------
+    preds, truths : as in `slice_scores`; nothing is stretched.
+    bins : of equal width between 0 and 1; empty ones are left out.
+
+    Returns
+    -------
+    dict
+        "said" and "observed": mean probability and share of lesion of each bin; "pixels": its size; "error":
+        the expected calibration error, the mean of their distance weighted by the pixels.
+    """
+    pixels, said, lesions = np.zeros((3, bins))
+    for pred, truth in _pairs(preds, truths):
+        where = np.minimum((pred * bins).astype(int), bins - 1).ravel()
+        pixels += np.bincount(where, minlength=bins)
+        said += np.bincount(where, pred.ravel(), minlength=bins)
+        lesions += np.bincount(where, truth.ravel(), minlength=bins)
+    kept = pixels > 0
+    pixels, said, lesions = (counted[kept] for counted in (pixels, said, lesions))
+    error = np.abs(said - lesions).sum() / pixels.sum()
+    return {"said": said / pixels, "observed": lesions / pixels, "pixels": pixels, "error": float(error)}
 
 
 def stretch(soft: np.ndarray) -> np.ndarray:

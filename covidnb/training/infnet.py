@@ -87,6 +87,55 @@ class InfNetConfig:
         return max(32, round(self.size * scale / 32) * 32)
 
 
+RECIPES = {
+    "paper": {},
+    "lite": {
+        "backbone": "efficientnet_lite0",
+        "size": 256,
+        "batch": 8,
+        "epochs": 40,
+        "lr": 3e-4,
+        "drop_epoch": 30,
+        "augment": True,
+    },
+    "laptop": {
+        "backbone": "efficientnet_lite0",
+        "pretrained": False,
+        "size": 128,
+        "batch": 8,
+        "epochs": 15,
+        "lr": 2e-3,
+        "drop_epoch": 12,
+        "augment": True,
+    },
+}
+
+
+def configure(values: dict) -> InfNetConfig:
+    """Make a config of a recipe and what the caller sets beside it.
+
+    Parameters
+    ----------
+    values : dict
+        Fields of `InfNetConfig`, and optionally "recipe": "paper" (Res2Net-50 at 352 pixels: for a GPU),
+        "lite" (EfficientNet-Lite0 with ImageNet weights at 256 pixels: real slices on two cores), "laptop"
+        (the same from random weights at 128 pixels: nothing to download), or "auto": "laptop" on the phantom,
+        else "lite".
+
+    Raises
+    ------
+    ConfigError
+        For an unknown recipe or field, or a value of the wrong type.
+    """
+    values = dict(values)
+    recipe = values.pop("recipe", "auto")
+    if recipe == "auto":
+        recipe = "laptop" if values.get("data", "phantom") == "phantom" else "lite"
+    if recipe not in RECIPES:
+        raise ConfigError(f"parameter 'recipe' must be 'auto' or one of {', '.join(RECIPES)}, got {recipe!r}")
+    return parse_config(InfNetConfig, RECIPES[recipe] | values)
+
+
 def split_slices(config: InfNetConfig) -> tuple[list[SliceFiles], list[SliceFiles]]:
     """List the slices to train on and those to evaluate on."""
     root = semiseg_root(config.data)

@@ -177,6 +177,7 @@ def slice_viewer(volume, masks=None, windows=WINDOWS, *, alt, max_slices=42, max
     name = "ct-" + hashlib.sha256((payload + buttons + switches).encode()).hexdigest()[:12]
     markup = (
         _VIEWER.replace("@NAME@", name)
+        .replace("@STYLE@", _STYLE)
         .replace("@ALT@", html.escape(alt))
         .replace("@LAST@", str(len(kept) - 1))
         .replace("@BUTTONS@", buttons)
@@ -192,11 +193,7 @@ def _data_uri(picture: Image.Image, form: str, **options) -> str:
     return f"data:image/{form.lower()};base64," + base64.b64encode(stream.getvalue()).decode()
 
 
-# The script finds its figure by a name made from the content, not by chance: the same notebook gives the same
-# page, and a viewer shown twice works twice.
-_VIEWER = """
-<figure class="ct-viewer" data-viewer="@NAME@" aria-label="Slice viewer: @ALT@">
-<style>
+_STYLE = """<style>
 .ct-viewer{max-width:30rem;margin:1rem 0;font-size:.85rem;line-height:1.4}
 .ct-viewer canvas{display:block;width:100%;background:#000;border-radius:4px;cursor:crosshair}
 .ct-viewer div{display:flex;flex-wrap:wrap;gap:.4rem .8rem;align-items:center;margin-top:.4rem}
@@ -208,7 +205,13 @@ padding:.1rem .5rem;opacity:.75;cursor:pointer}
 .ct-viewer i{width:.8rem;height:.8rem;border-radius:2px}
 .ct-viewer output{font-variant-numeric:tabular-nums}
 .ct-viewer :focus-visible{outline:2px solid #E69F00;outline-offset:2px}
-</style>
+</style>"""
+
+# The script finds its figure by a name made from the content, not by chance: the same notebook gives the same
+# page, and a viewer shown twice works twice.
+_VIEWER = """
+<figure class="ct-viewer" data-viewer="@NAME@" aria-label="Slice viewer: @ALT@">
+@STYLE@
 <canvas role="img" tabindex="0" aria-label="@ALT@"></canvas>
 <div><label style="flex:1">Slice <input type="range" min="0" max="@LAST@" step="1"></label></div>
 <div role="group" aria-label="Window in HU">@BUTTONS@</div>
@@ -387,3 +390,64 @@ def reliability_diagram(ax, curve):
     ax.set(xlabel="probability said", ylabel="share of lesion observed", xlim=(0, 1), ylim=(0, 1))
     ax.set_title(f"Calibration: off by {curve['error']:.3f} on average")
     ax.legend()
+
+
+# ------------------------------------------------------------------------------------------ frame viewer
+
+
+def frame_viewer(figures, labels, *, alt, name="Step", start=0) -> SliceViewer:
+    """Figures behind a slider, for what moves when a number does; the HTML holds all, as in `slice_viewer`.
+
+    Parameters
+    ----------
+    figures : Matplotlib figures of one size, drawn one by one from any iterable and closed
+    labels : what each is, in words, shown beside the slider
+    alt : what the viewer shows, in a sentence, for readers who cannot see it
+    name : of the slider
+    start : index of the figure shown first
+    """
+    pictures = []
+    for figure in figures:
+        stream = io.BytesIO()
+        figure.savefig(stream, format="png", dpi=100)
+        plt.close(figure)
+        pictures.append(_data_uri(Image.open(stream).convert("RGB"), "WEBP", quality=75, method=6))
+    payload = json.dumps({"pictures": pictures, "labels": list(labels), "start": start}).replace("</", "<\\/")
+    key = "frames-" + hashlib.sha256(payload.encode()).hexdigest()[:12]
+    markup = (
+        _FRAMES.replace("@NAME@", key)
+        .replace("@STYLE@", _STYLE)
+        .replace("@ALT@", html.escape(alt))
+        .replace("@SLIDER@", html.escape(name))
+        .replace("@FIRST@", pictures[start])
+        .replace("@START@", str(start))
+        .replace("@LAST@", str(len(pictures) - 1))
+        .replace("@DATA@", payload)
+    )
+    return SliceViewer(markup)
+
+
+_FRAMES = """
+<figure class="ct-viewer" data-viewer="@NAME@" style="max-width:52rem" aria-label="@ALT@">
+@STYLE@
+<img src="@FIRST@" alt="@ALT@" style="display:block;width:100%;background:#fff;border-radius:4px">
+<div><label style="flex:1">@SLIDER@ <input type="range" min="0" max="@LAST@" value="@START@" step="1"></label>
+<output aria-live="polite"></output></div>
+<script>
+(function () {
+  const data = @DATA@;
+  document.querySelectorAll('[data-viewer="@NAME@"]:not([data-ready])').forEach(function (figure) {
+    figure.dataset.ready = "yes";
+    const slider = figure.querySelector("input");
+    slider.oninput = function () {
+      figure.querySelector("img").src = data.pictures[slider.value];
+      figure.querySelector("output").textContent = data.labels[slider.value];
+      slider.setAttribute("aria-valuetext", data.labels[slider.value]);
+    };
+    slider.value = data.start;
+    slider.oninput();
+  });
+})();
+</script>
+</figure>
+"""

@@ -106,13 +106,11 @@ window.addEventListener("load", () => setTimeout(() => {
 </script>"""
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine to show the viewer in")
-def test_the_viewer_works_in_a_browser(scan, tmp_path):
+def shown(body: str, tmp_path) -> str:
+    """The page's DOM after its scripts have run."""
     page = tmp_path / "page.html"
-    markup = viewer(scan, max_slices=60)
-    page.write_text(f"<!doctype html><meta charset='utf-8'><body>{markup}{markup}{PROBE}</body>")
-    dom = subprocess.run(
+    page.write_text(f"<!doctype html><meta charset='utf-8'><body>{body}</body>")
+    return subprocess.run(
         [
             *(BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
             *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
@@ -123,6 +121,13 @@ def test_the_viewer_works_in_a_browser(scan, tmp_path):
         text=True,
         timeout=120,
     ).stdout  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine to show the viewer in")
+def test_the_viewer_works_in_a_browser(scan, tmp_path):
+    markup = viewer(scan, max_slices=60)
+    dom = shown(f"{markup}{markup}{PROBE}", tmp_path)
     said = dict(part.split("=", 1) for part in re.search(r'data-said="([^"]*)"', dom)[1].split(";"))
     grey = {
         name: [int(v) for v in text.split("@")[0].split(",")] for name, text in said.items() if "@" in text
@@ -139,3 +144,40 @@ def test_the_viewer_works_in_a_browser(scan, tmp_path):
     assert grey["mediastinum"][0] == pytest.approx(expected(59, "mediastinum"), abs=1)
     assert grey["second"] == grey["start"]  # the same viewer shown twice: each has its own state
     assert said["pressed"] == "false,true,false,false"
+
+
+def frames(**options) -> str:
+    def figures():
+        for width in (1, 5, 9):
+            figure, ax = plt.subplots(figsize=(4, 2))
+            ax.plot([0, 1], lw=width)
+            yield figure
+
+    labels = ["1 pt", "5 pt </script>", "9 pt"]
+    return view.frame_viewer(figures(), labels, alt="A <line> getting wider.", **options)._repr_html_()
+
+
+def test_frames_are_one_self_contained_reproducible_piece():
+    page = frames()
+    assert page == frames() and not plt.get_fignums()
+    assert "http" not in page and "<line>" not in page and page.count("</script>") == 1
+    assert page.count("data:image/webp") == 1 + 3  # one is shown before any script has run
+    assert frames(start=1) != page
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine to show the viewer in")
+def test_frames_move_in_a_browser(tmp_path):
+    probe = """<script>
+    window.addEventListener("load", () => {
+      const [f, g] = document.querySelectorAll("figure"), slider = f.querySelector("input"), say = [];
+      const picture = f.querySelector("img"), first = picture.src;
+      const note = () => say.push(f.querySelector("output").textContent + picture.naturalWidth);
+      note();
+      slider.value = 2; slider.dispatchEvent(new Event("input")); note();
+      say.push(first !== picture.src, first === g.querySelector("img").src);
+      document.body.dataset.said = say.join(";");
+    });</script>"""
+    dom = shown(frames(start=1) * 2 + probe, tmp_path)
+    said = re.search(r'data-said="([^"]*)"', dom)[1]
+    assert re.fullmatch(r"5 pt &lt;/script&gt;400;9 pt\d+;true;true", said), said

@@ -131,23 +131,30 @@ def fetch(name: str, *, quiet: bool = False) -> Path:
     target = cache_dir() / entry.path
     if not entry.source:
         raise CatalogError(_by_hand(entry, "it cannot be downloaded without a person's consent or work"))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with room_for(name):
         if entry.is_file:
             with whole(target) as part:
                 _bring_file(entry, part, quiet)
         else:
             with whole_folder(target) as part:
                 _bring_folder(entry, part, quiet)
+    return target
+
+
+@contextmanager
+def room_for(name: str) -> Iterator[None]:
+    """Turn a full disk inside the block into a CatalogError that says how to make room for `name`."""
+    cache_dir().mkdir(parents=True, exist_ok=True)
+    try:
+        yield
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        free = shutil.disk_usage(target.parent).free // 1_000_000
+        free = shutil.disk_usage(cache_dir()).free // 1_000_000
         raise CatalogError(
             f"no space left for {name} in {cache_dir()} ({free} MB free): make room, or set COVIDNB_CACHE to "
             "a folder on another disk"
         ) from None
-    return target
 
 
 @contextmanager

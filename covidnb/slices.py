@@ -5,8 +5,10 @@ Everything that trains or scores on slices goes through `list_slices` (which fil
 `semiseg_root`, so no other code asks where slices come from.
 """
 
+import hashlib
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -375,13 +377,16 @@ def semiseg_root(data: str | Path = "phantom") -> Path:
 
     Parameters
     ----------
-    data : "covid-semiseg" (see `catalog.fetch`) or a folder.
+    data : "phantom" (drawn once into the cache, in less than a minute), "covid-semiseg" (see `catalog.fetch`)
+        or a folder.
 
     Raises
     ------
     SliceError : the folder is not in that layout.
-    CatalogError : the data set is not here and cannot be fetched.
+    CatalogError : the data set is not here and cannot be fetched, or the disk is full.
     """
+    if data == "phantom":
+        return _phantom_root()
     if data == "covid-semiseg":
         from covidnb import catalog
 
@@ -391,3 +396,94 @@ def semiseg_root(data: str | Path = "phantom") -> Path:
     if not any((root / folder).is_dir() for folder in PARTS.values()):
         raise SliceError(f"{root} is not in the COVID-SemiSeg layout: it lacks TrainingSet and TestingSet")
     return root
+
+
+# --- the phantom in the same layout
+
+PHANTOM = {
+    "seed": 2020,
+    "shape": (24, 224, 224),  # voxels z, y, x of each patient: 13 mm between slices, 1.7 mm within
+    "patients": {"doctor": 10, "test": 6, "pseudo": 4},
+    "slices": {"doctor": 5, "test": 5, "pseudo": 15},  # of each patient
+    "version": 1,  # of how slices are cut and written
+}
+
+
+def _phantom_root() -> Path:
+    """The phantom's slices, drawn if the cache does not have them.
+
+    The folder's name carries a hash of the parameters and of the sources that draw the phantom, so that
+    slices of an older phantom are never taken for today's.
+    """
+    from covidnb import anatomy, catalog, lesions, phantom
+
+    sources = b"".join(Path(module.__file__).read_bytes() for module in (anatomy, lesions, phantom))
+    digest = hashlib.sha256(json.dumps(PHANTOM).encode() + sources).hexdigest()
+    root = catalog.cache_dir() / f"phantom-slices-{digest[:10]}"
+    if not root.is_dir():
+        with catalog.room_for("the phantom's slices"), catalog.whole_folder(root) as part:
+            _draw_phantom(part)
+    return root
+
+
+def _draw_phantom(root: Path) -> None:
+    """Write the slices of all phantom patients; no patient is in two parts."""
+    from tqdm import tqdm
+
+    from covidnb import phantom
+
+    rng = np.random.default_rng(PHANTOM["seed"])
+    parts = [part for part, patients in PHANTOM["patients"].items() for _ in range(patients)]
+    for number, part in enumerate(tqdm(parts, desc="drawing the phantom's slices (once)", leave=False), 1):
+        seed, style = int(rng.integers(2**31)), str(rng.choice(list(phantom.STYLES)))
+        patient = phantom.chest(seed, shape=PHANTOM["shape"], style=style)
+        for z, image, classes in _axial_slices(patient, PHANTOM["slices"][part], part == "pseudo"):
+            _write_slice(root, part, f"phantom{number:02d}_{z:02d}", image, classes)
+
+
+def _axial_slices(patient, count: int, lesion_free: bool) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """`count` slices of a phantom, evenly spread: their number, grey values and classes (uint8 (H, W)).
+
+    As in COVID-SemiSeg they are in a lung window, each is cropped to its lungs, and those with a label show a
+    lesion; unlike there all lie upright.
+    """
+    import SimpleITK as sitk
+
+    from covidnb.ct import WINDOWS, window
+
+    grey = np.round(window(patient.ct, *WINDOWS["lung"]) * 255).astype(np.uint8)
+    lungs, classes = (sitk.GetArrayFromImage(image) for image in (patient.lungs, patient.lesions))
+    areas = lungs.sum((1, 2))
+    wanted = areas > areas.max() / 4  # not the tips of the lungs
+    if not lesion_free:
+        wanted &= (classes > 0).sum((1, 2)) > 20
+    found = np.flatnonzero(wanted)
+    for z in found[np.linspace(0, len(found) - 1, min(count, len(found))).round().astype(int)]:
+        y, x = np.nonzero(lungs[z])
+        box = slice(max(y.min() - 6, 0), y.max() + 7), slice(max(x.min() - 6, 0), x.max() + 7)
+        yield int(z), grey[z][box], classes[z][box]
+
+
+def _write_slice(root: Path, part: str, name: str, image: np.ndarray, classes: np.ndarray) -> None:
+    """Write one slice into every folder of the layout that holds slices of this part."""
+    from PIL import Image
+
+    mask = np.where(classes > 0, 255, 0).astype(np.uint8)
+    infection, edge = Image.fromarray(mask), Image.fromarray(mask_edges(mask))
+    kinds = Image.fromarray(classes)
+    kinds.putpalette(
+        [0, 0, 0, 128, 0, 0, 0, 128, 0]
+    )  # GGO red, consolidation green, as in the paper's figures
+    written = {
+        "doctor": {
+            "doctor": {"GT": infection, "Edge": edge},
+            "multiclass_train": {"GT": kinds, "Prior": infection},
+        },
+        "test": {"test": {"GT": infection}, "multiclass_test": {"GT": kinds}},
+        "pseudo": {"pseudo": {}},
+    }
+    for where, labels in written[part].items():
+        for kind, content in {"Imgs": Image.fromarray(image), **labels}.items():
+            path = root / PARTS[where] / kind / f"{name}.{'jpg' if kind == 'Imgs' else 'png'}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            content.save(path, quality=95)

@@ -1,5 +1,8 @@
 """Slices: pairing by name, edges against the data set's own, loading, augmentation, folds."""
 
+import errno
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
+from covidnb.catalog import CatalogError
 from covidnb.slices import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -18,6 +22,7 @@ from covidnb.slices import (
     list_slices,
     mask_edges,
     patient_folds,
+    patient_of,
     read_classes,
     read_mask,
     semiseg_root,
@@ -193,6 +198,75 @@ def test_other_folders_are_refused(tmp_path):
         semiseg_root(tmp_path)
     with pytest.raises(SliceError, match="empty"):
         InfectionSlices([])
+
+
+@pytest.fixture
+def small_phantom(tmp_path, monkeypatch):
+    """Few, coarse phantom patients in an empty cache."""
+    monkeypatch.setenv("COVIDNB_CACHE", str(tmp_path / "cache"))
+    patients = {"doctor": 2, "test": 1, "pseudo": 1}
+    monkeypatch.setattr(
+        "covidnb.slices.PHANTOM",
+        {
+            "seed": 1,
+            "shape": (16, 96, 96),
+            "patients": patients,
+            "slices": dict.fromkeys(patients, 3),
+            "version": 1,
+        },
+    )
+    return tmp_path / "cache"
+
+
+def test_phantom_has_the_layout(small_phantom):
+    root = semiseg_root("phantom")
+    assert [path.name for path in small_phantom.iterdir()] == [root.name]
+    parts = {part: list_slices(root, part) for part in PARTS}
+    assert {part: len(files) for part, files in parts.items()} == {
+        "doctor": 6,
+        "pseudo": 3,
+        "test": 3,
+        "multiclass_train": 6,
+        "multiclass_test": 3,
+    }
+    patients = {part: {patient_of(f.name) for f in files} for part, files in parts.items()}
+    assert patients["doctor"] == patients["multiclass_train"] and len(patients["doctor"]) == 2
+    assert len(patients["doctor"] | patients["test"] | patients["pseudo"]) == 4
+    for item, classes in zip(parts["doctor"], parts["multiclass_train"], strict=True):
+        mask = read_mask(item.mask)
+        assert set(np.unique(mask)) == {0, 255}
+        np.testing.assert_array_equal(read_mask(item.edge), mask_edges(mask))
+        np.testing.assert_array_equal(read_classes(classes.mask) > 0, mask > 0)
+        np.testing.assert_array_equal(read_mask(classes.prior), mask)
+    assert parts["pseudo"][0].mask is None and Image.open(parts["pseudo"][0].image).format == "JPEG"
+    with pytest.raises(SliceError, match="has no mask"):
+        InfectionSlices(parts["pseudo"])
+
+
+def test_phantom_is_drawn_once_and_again_when_its_parameters_change(small_phantom, monkeypatch):
+    from covidnb import slices
+
+    monkeypatch.setitem(slices.PHANTOM, "patients", {"doctor": 1})
+    root = semiseg_root("phantom")
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    with monkeypatch.context() as patch:
+        patch.setattr(slices, "_draw_phantom", lambda root: pytest.fail("drawn twice"))
+        assert semiseg_root("phantom") == root
+    shutil.rmtree(root)
+    assert semiseg_root("phantom") == root
+    assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
+    monkeypatch.setitem(slices.PHANTOM, "seed", 2)
+    assert semiseg_root("phantom") != root
+
+
+def test_interrupted_phantom_leaves_nothing(small_phantom, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("covidnb.slices._write_slice", full)
+    with pytest.raises(CatalogError, match="no space left for the phantom's slices"):
+        semiseg_root("phantom")
+    assert list(small_phantom.iterdir()) == []
 
 
 def test_doctor_edges_are_reproduced(data_dir):

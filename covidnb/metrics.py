@@ -399,7 +399,7 @@ def _read_slice(path: Path) -> np.ndarray:
 def score_folders(pred_dir: Path | str, truth_dir: Path | str) -> dict:
     """`slice_scores` of two folders of pictures (.png, .jpg) paired by stem.
 
-    Adds "slices" (their number), "Dic@0.5" (`dice_at` 0.5, nothing stretched) and each slice's "name". Raises
+    Adds "slices" (their number), "dice_at_0.5" (`dice_at` 0.5, nothing stretched) and each slice's "name". Raises
     ValueError naming the file that has no partner, another size or cannot be read.
     """
     preds, truths = _pictures(Path(pred_dir)), _pictures(Path(truth_dir))
@@ -417,7 +417,7 @@ def score_folders(pred_dir: Path | str, truth_dir: Path | str) -> dict:
     scores = slice_scores(*columns)
     for stem, entry in zip(truths, scores["per_slice"], strict=True):
         entry["name"] = stem
-    return {"slices": len(pairs), "Dic@0.5": dice_at(*columns)} | scores
+    return {"slices": len(pairs), "dice_at_0.5": dice_at(*columns)} | scores
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -219,7 +219,7 @@ def test_folders_give_the_toolbox_figures_as_json(tmp_path, toolbox):
     scores = json.loads(done.stdout, parse_constant=pytest.fail)  # NaN is no JSON
     assert scores["meanSpe"] is None
     assert scores["slices"] == 8
-    assert scores["Dic@0.5"] == pytest.approx(dice_at(preds, truths))
+    assert scores["dice_at_0.5"] == pytest.approx(dice_at(preds, truths))
     for entry, row in zip(scores["per_slice"], rows, strict=False):
         assert entry["name"] == row["case"]
         assert_row(entry | {"meanSpe": math.nan if entry["meanSpe"] is None else entry["meanSpe"]}, row)
@@ -238,7 +238,7 @@ def test_one_bit_masks_jpeg_and_natural_order(tmp_path):
     (tmp_path / "pred" / "Thumbs.db").touch()
     scores = score_folders(tmp_path / "pred", tmp_path / "truth")
     assert [entry["name"] for entry in scores["per_slice"]] == ["2", "10", "a1"]
-    assert scores["Dic@0.5"] > 0.99
+    assert scores["dice_at_0.5"] > 0.99
 
 
 GREY = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
@@ -405,12 +405,12 @@ def test_real_truths_as_predictions(data_dir, tmp_path):
     folder = data_dir / "covid-semiseg" / "TestingSet" / "LungInfection-Test" / "GT"
     itself = score_folders(folder, folder)
     assert itself["slices"] == 48
-    assert itself["Dic@0.5"] == itself["maxDic"] == 1 and itself["MAE"] == 0
+    assert itself["dice_at_0.5"] == itself["maxDic"] == 1 and itself["MAE"] == 0
     assert itself["meanDic"] > 0.995  # at threshold 0 everything is lesion
 
     blurred = {}
     for path in folder.glob("*.png"):
         blurred[path.stem] = cv2.GaussianBlur(cv2.imread(str(path), cv2.IMREAD_GRAYSCALE), (0, 0), 8)
     scores = score_folders(save(tmp_path / "blurred", **blurred), folder)
-    assert 0.7 < scores["Dic@0.5"] < 1
-    assert scores["meanDic"] < scores["Dic@0.5"]
+    assert 0.7 < scores["dice_at_0.5"] < 1
+    assert scores["meanDic"] < scores["dice_at_0.5"]

@@ -1,0 +1,104 @@
+"""The course's embedded data: a seeded digital chest CT with known lungs, vessels, GGO and consolidation.
+
+`chest()` with its default arguments is the patient that the whole book follows. `implant_lesions` grows the same
+lesions in a real healthy CT.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import SimpleITK as sitk
+from scipy import ndimage
+
+from covidnb.phantom import lungs as _lungs
+from covidnb.phantom.body import ANATOMY, Body, Patient
+from covidnb.phantom.lesions import CONSOLIDATION, GGO, Disease, depth_in, grow
+from covidnb.phantom.scanner import STYLES, Style, scan
+
+__all__ = ["ANATOMY", "CONSOLIDATION", "GGO", "STYLES", "Phantom", "Style", "chest", "implant_lesions"]
+
+FIELD_OF_VIEW = (318.0, 380.0, 380.0)  # mm, (z, y, x): what `shape` divides when no spacing is given
+
+
+class Phantom(NamedTuple):
+    """One patient on one grid (LPS): `ct` in HU (float32), `lungs` 0/1, `lesions` 0, 1 = GGO, 2 = consolidation,
+    `anatomy` with the numbers of `ANATOMY`; the last three uint8. The lungs hold their vessels and inner bronchi."""
+
+    ct: sitk.Image
+    lungs: sitk.Image
+    lesions: sitk.Image
+    anatomy: sitk.Image
+
+
+def chest(
+    seed: int = 2020,
+    *,
+    kind: str = "covid",
+    shape=(72, 224, 224),
+    spacing=None,
+    style: str = "standard",
+    severity: float | None = None,
+    crazy_paving: bool | None = None,
+) -> Phantom:
+    """A digital chest CT; the same arguments give the same voxels.
+
+    Parameters
+    ----------
+    seed : the patient, the disease and the noise.
+    kind : "covid", or "healthy": the same patient and noise without the lesions.
+    shape, spacing : voxels and mm, both (z, y, x); without a spacing the grid covers 318 x 380 x 380 mm.
+    style : a scanner of `STYLES`.
+    severity : infected share of the lungs, 0 to 0.6; crazy_paving : thickened septa in the ground glass. Both are
+        drawn at random when not given.
+
+    Raises ValueError for an argument out of range, naming it.
+    """
+    shape, spacing = _grid_arguments(shape, spacing)
+    if kind not in ("covid", "healthy"):
+        raise ValueError(f"kind={kind!r}: a chest is 'covid' or 'healthy'")
+    if style not in STYLES:
+        raise ValueError(f"style={style!r}: there is {', '.join(repr(s) for s in STYLES)}")
+    _check_severity(severity)
+    # a stream each, so that the patient does not depend on the disease, nor the noise on either
+    rngs = [np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(4)]
+    patient_rng, lung_rng, disease_rng, noise_rng = rngs
+    patient = Patient.draw(patient_rng)
+    body = Body(patient, patient.grid(shape, spacing))
+    hu, labels = body.paint()
+    inside = _lungs.interior(body, lung_rng)
+    mask = body.lungs < 0
+    lesions = np.zeros(shape, np.uint8)
+    airspace = inside.parenchyma
+    if kind == "covid":
+        growth = grow(mask, spacing, disease_rng, Disease.draw(disease_rng, severity, crazy_paving))
+        airspace, lesions = growth.fill(airspace), growth.labels
+    mask = _lungs.aerate(body, hu, labels, inside, _lungs.tissue(inside, airspace))
+    ct = scan(hu, spacing, STYLES[style], noise_rng)
+    arrays = (ct, mask.astype(np.uint8), lesions * mask, labels)
+    return Phantom(*(_image(a, body.grid) for a in arrays))
+
+
+def _grid_arguments(shape, spacing):
+    shape = tuple(shape)
+    if len(shape) != 3 or not all(isinstance(n, int | np.integer) and 16 <= n <= 1024 for n in shape):
+        raise ValueError(f"shape={shape}: give three whole numbers (z, y, x) from 16 to 1024")
+    if spacing is None:
+        return shape, tuple(f / n for f, n in zip(FIELD_OF_VIEW, shape, strict=True))
+    spacing = tuple(float(s) for s in spacing)
+    if len(spacing) != 3 or not all(0.25 <= s <= 25 for s in spacing):
+        raise ValueError(f"spacing={spacing}: give three lengths (z, y, x) from 0.25 to 25 mm")
+    return shape, spacing
+
+
+def _check_severity(severity):
+    if severity is not None and not 0 <= severity <= 0.6:
+        raise ValueError(f"severity={severity}: the infected share of the lungs is from 0 to 0.6")
+
+
+def _image(array: np.ndarray, grid) -> sitk.Image:
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing(grid.spacing[::-1])
+    image.SetOrigin([float(a[0]) for a in grid.axes[::-1]])
+    return image

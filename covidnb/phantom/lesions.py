@@ -1,0 +1,162 @@
+"""Lesions with the distribution of COVID-19, grown in any pair of lungs from the lung mask alone.
+
+Peripheral, posterior and lower-lobe leaning, on both sides and in several places; ground glass first,
+consolidation in some of it; outlines that follow the pleura and end at the walls of secondary lobules.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import SimpleITK as sitk
+from scipy import ndimage
+from scipy.spatial import cKDTree
+
+from covidnb.phantom.geometry import fill, smooth_noise
+
+GGO, CONSOLIDATION = 1, 2
+
+
+class Growth(NamedTuple):
+    """Lesions on a grid: `labels` (uint8) 0, GGO, CONSOLIDATION; `part` 0..1, how much of the airspace is filled;
+    `hu`, what it is filled to. A voxel is labelled where `part` is at least one half."""
+
+    labels: np.ndarray
+    part: np.ndarray
+    hu: np.ndarray
+
+    def fill(self, airspace: np.ndarray) -> np.ndarray:
+        """HU of the airspace once it is filled; never darker than before."""
+        return airspace + self.part * np.maximum(self.hu - airspace, 0)
+
+
+@dataclass(frozen=True)
+class Disease:
+    """One patient's disease."""
+
+    severity: float  # share of the lungs to infect
+    size: float  # median half extent of a lesion along the pleura, mm
+    ggo: float  # median HU of its ground glass
+    solid: float  # chance that a lesion holds consolidation
+    paving: float  # HU of the thickened septa in crazy paving, 0 without
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator, severity: float | None, crazy_paving: bool | None) -> Disease:
+        """A disease at random; severity and crazy paving may be given."""
+        drawn = float(np.clip(rng.lognormal(np.log(0.07), 0.8), 0.006, 0.4))
+        severity = drawn if severity is None else severity
+        paved = rng.random() < 0.25 if crazy_paving is None else crazy_paving
+        return cls(
+            severity=severity,
+            size=10 + 42 * np.sqrt(severity) * rng.uniform(0.6, 1.3),
+            ggo=float(np.clip(rng.normal(-590, 45), -690, -500)),
+            solid=float(rng.beta(1.3, 1.5)),
+            paving=float(rng.uniform(120, 220)) if paved else 0.0,
+        )
+
+
+def depth_in(lungs: np.ndarray, spacing) -> np.ndarray:
+    """Distance to the surface of the mask in mm, 0 outside it; spacing as (z, y, x)."""
+    image = sitk.GetImageFromArray(lungs.astype(np.uint8))
+    image.SetSpacing([float(s) for s in spacing[::-1]])
+    distance = sitk.SignedMaurerDistanceMap(image, False, False, True)
+    return np.maximum(-sitk.GetArrayViewFromImage(distance), 0)
+
+
+class _Field:
+    """The lungs' bounding box while lesions grow in it."""
+
+    def __init__(self, inside: np.ndarray, spacing: np.ndarray, rng: np.random.Generator):
+        self.inside, self.spacing = inside, spacing
+        shape = inside.shape
+        self.axes = [np.arange(n, dtype=np.float32) * s for n, s in zip(shape, spacing, strict=True)]
+        self.depth = depth_in(np.pad(inside, 1), spacing)[1:-1, 1:-1, 1:-1]
+        self.rough = 0.24 * smooth_noise(shape, spacing, 13, rng) + 0.15 * smooth_noise(
+            shape, spacing, 5, rng
+        )
+        self.texture = smooth_noise(shape, spacing, 4, rng)
+        self.voxels = np.argwhere(inside)
+        # walls of the secondary lobules: cells around random points, about 14 mm apart
+        count = max(8, int(1.3 * len(self.voxels) * float(spacing.prod()) / 14**3))
+        seeds = self.voxels[rng.integers(len(self.voxels), size=count)]
+        self.lobules = cKDTree((seeds + rng.uniform(-0.5, 0.5, seeds.shape)) * spacing)
+        self.jitter = rng.normal(0, 0.17, count).astype(np.float32)
+        self.part, self.solid = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+        self.hu = np.full(shape, -1000, np.float32)
+
+    def likelihood(self) -> np.ndarray:
+        """How likely a lesion starts at each voxel: under the costal pleura, at the back, low."""
+        _, y, x = place = ((self.voxels + 0.5) / self.inside.shape - 0.5).T
+        costal = (
+            np.exp(-np.square((self.depth[self.inside] - 6) / 5))
+            * np.clip(np.hypot(y, x) - 0.12, 0, None) ** 1.5
+        )
+        weight = (costal + 0.004) * np.exp(2.6 * y - 2.4 * place[0])
+        return weight / weight.sum()
+
+    def add(self, centre: np.ndarray, disease: Disease, rng: np.random.Generator) -> float:
+        """Grow one lesion around a voxel; returns the number of voxels by which the disease has grown."""
+        along = disease.size * rng.lognormal(0, 0.5)
+        through = along * rng.uniform(0.35, 0.9)
+        stretch = rng.uniform(0.7, 1.5)  # along the body's axis
+        soft = rng.uniform(0.12, 0.5)
+        level = disease.ggo + rng.normal(0, 50)
+        core = rng.uniform(0.25, 0.8) if rng.random() < disease.solid else 0.0
+        towards = rng.normal(0, 0.35, 3)
+        reach = 1.6 * along * max(1, stretch)
+        where = centre * self.spacing
+        box = tuple(
+            slice(int(np.searchsorted(a, w - reach)), int(np.searchsorted(a, w + reach)))
+            for a, w in zip(self.axes, where, strict=True)
+        )
+        z, y, x = (
+            a - w
+            for a, w in zip(np.ix_(*[a[b] for a, b in zip(self.axes, box, strict=True)]), where, strict=True)
+        )
+        lift = self.depth[box] - self.depth[tuple(centre)]
+        flat = np.maximum((z / stretch) ** 2 + y * y + x * x - lift * lift, 0)
+        raw = np.sqrt(np.square(lift / through) + flat / along**2)
+        near = np.nonzero(self.inside[box] & (raw < 1.6))
+        at = tuple(n + b.start for n, b in zip(near, box, strict=True))
+        points = np.stack(at, axis=1) * self.spacing
+        gap, lobule = self.lobules.query(points, k=2)
+        rough = self.rough[at] + self.jitter[lobule[:, 0]]
+        q = raw[near] + rough
+        mine = np.clip((1 - q) / soft, 0, 1)
+        hu = level + 130 * np.clip(1 - q, 0, 1) + 70 * self.texture[at]
+        if disease.paving:
+            hu += disease.paving * fill(gap[:, 1] - gap[:, 0] - 1.5, 2.0)
+        old = self.part[at]
+        self.hu[at] = np.where(mine > 0, np.maximum(self.hu[at], hu), self.hu[at])
+        self.part[at] = np.maximum(old, mine)
+        if core:
+            offset = points - (where + towards * along)
+            q = np.sqrt(np.square(offset / (1, 1, 1)).sum(axis=1)) / (core * along) + 1.4 * rough
+            self.solid[at] = np.maximum(self.solid[at], np.clip((1 - q) / 0.3, 0, 1) * (mine > 0.5))
+        return float((np.maximum(old, mine) >= 0.5).sum() - (old >= 0.5).sum())
+
+
+def grow(lungs: np.ndarray, spacing, rng: np.random.Generator, disease: Disease) -> Growth:
+    """Grow lesions in a lung mask (Z, Y, X) until `disease.severity` of its volume is infected.
+
+    spacing is (z, y, x) in mm; the axes run as in an LPS image's array: z to the head, y to the back.
+    """
+    whole = np.asarray(lungs) > 0
+    box = ndimage.find_objects(whole.astype(np.uint8))[0]
+    field = _Field(np.ascontiguousarray(whole[box]), np.asarray(spacing, np.float32), rng)
+    chance = np.cumsum(field.likelihood())
+    grown = 0.0
+    for _ in range(400):
+        if grown >= disease.severity * len(field.voxels):
+            break
+        start = min(int(np.searchsorted(chance, rng.random())), len(chance) - 1)
+        grown += field.add(field.voxels[start], disease, rng)
+    consolidated = rng.normal(-45, 25) + 35 * field.texture
+    hu = field.hu + field.solid * (consolidated - field.hu)
+    labels = np.where(field.part >= 0.5, np.where(field.solid >= 0.5, CONSOLIDATION, GGO), 0).astype(np.uint8)
+    out = Growth(*(np.zeros(whole.shape, a.dtype) for a in (labels, field.part, hu)))
+    for full, local in zip(out, (labels, field.part, hu), strict=True):
+        full[box] = local
+    return out

@@ -106,9 +106,8 @@ def set_up(lock_fd: int) -> None:
         # the base interpreter, so that building does not depend on a venv that may go away
         run([getattr(sys, "_base_executable", sys.executable), "-m", "venv", VENV], lock_fd)
 
-    pip = [PYTHON, "-m", "pip", "install", "--quiet"]
-    if sys.stdout.isatty():
-        pip.remove("--quiet")
+    # progress for a person, errors only for a log
+    pip = [PYTHON, "-m", "pip", "install", *([] if sys.stdout.isatty() else ["-qq"])]
     print("set-up: installing requirements.txt", flush=True)
     run([*pip, "-r", REQUIREMENTS], lock_fd)
     print("set-up: installing covidnb in place", flush=True)

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import http.server
 import io
+import json
 import os
 import shutil
 import tarfile
@@ -14,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from covidnb import catalog
-from covidnb.catalog import CatalogError, Entry, extract, fetch, find
+from covidnb.catalog import CatalogError, Entry, extract, fetch, find, load_splits
+from covidnb.slices import fold, list_slices, patient_of
 
 
 @pytest.fixture
@@ -291,6 +293,55 @@ def test_command_lists_everything(cache_dir, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 + len(catalog.entries())
     assert all("missing" in line for line in lines[1:])
+
+
+def test_slice_folds_keep_apparent_patients_together():
+    splits = load_splits("covid-semiseg")
+    names = [name for fold in splits["folds"] for name in fold]
+    assert len(splits["folds"]) == 5 and len(names) == len(set(names)) == 50
+    assert sorted(name for group in splits["groups"] for name in group) == sorted(names)
+    for group in splits["groups"]:
+        assert len({k for k, fold in enumerate(splits["folds"]) if set(fold) & set(group)}) == 1
+    assert all(set(twins) <= set(names) for twins in splits["test_twins"].values())
+
+
+def test_volume_folds_leave_one_patient_out():
+    splits = load_splits("volumes")
+    for name, part in splits["sets"].items():
+        assert sorted(map(sorted, part["folds"])) == sorted(map(sorted, part["patients"].values()))
+        volumes = [volume for fold in part["folds"] for volume in fold]
+        if name != "chest-ct":
+            known = {
+                file.removesuffix("_ct.nii.gz") for file in catalog.entry_of(name).files if "_ct." in file
+            }
+            assert sorted(volumes) == sorted(known)
+    assert splits["sets"]["medseg2"]["patients"]["medseg2-d"] == ["medseg2_6", "medseg2_7"]
+
+
+def test_bad_splits_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(catalog, "REPO", tmp_path)
+    folder = tmp_path / "data" / "splits"
+    folder.mkdir(parents=True)
+    (folder / "twice.json").write_text(json.dumps({"groups": [], "folds": [["a"], ["b", "a"]]}))
+    (folder / "torn.json").write_text(json.dumps({"groups": [["a", "b"]], "folds": [["a"], ["b"]]}))
+    with pytest.raises(CatalogError, match="a is in fold 0 and in fold 1"):
+        load_splits("twice")
+    with pytest.raises(CatalogError, match="a, b are one patient"):
+        load_splits("torn")
+    with pytest.raises(CatalogError, match="no split 'other': data/splits has torn, twice"):
+        load_splits("other")
+
+
+def test_splits_name_the_real_slices(data_dir):
+    root = data_dir / "covid-semiseg"
+    files = list_slices(root, "doctor")
+    splits = load_splits("covid-semiseg")
+    for k in range(5):
+        train, held_out = fold(files, k, splits)
+        assert len(train) == 40 and len(held_out) == 10
+    pool = load_splits("volumes")["pool"]
+    scans = {scan for scans in pool.values() for scan in scans}
+    assert scans == {patient_of(item.name) for item in list_slices(root, "pseudo")}
 
 
 def test_real_folders_are_as_the_catalog_says(data_dir):

@@ -9,6 +9,11 @@ from pathlib import Path
 import pytest
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Quick tests first, slow ones after them, executed notebooks last: most faults show within a minute."""
+    items.sort(key=lambda item: (item.get_closest_marker("slow") is not None, "notebook" in item.path.name))
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder of real CT named by COVIDNB_DATA; the test is skipped where there is none."""

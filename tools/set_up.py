@@ -123,7 +123,7 @@ def set_up(lock_fd: int) -> None:
     unfinished = STAMP.with_suffix(".new")
     unfinished.write_text(json.dumps(wanted | {"python": python}))
     os.replace(unfinished, STAMP)
-    print(f"set-up: done in {time.monotonic() - started:.0f} s, torch {installed['torch']}", flush=True)
+    print(f"set-up: done in {time.monotonic() - started:.0f} s", flush=True)
 
 
 def main() -> None:

@@ -19,6 +19,8 @@ from torch.utils.data import Dataset
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+LUNG_MARGIN_MM = 10  # of body left around the lungs of a slice: the pleura is where the lesions are
+
 PARTS = {
     "doctor": "TrainingSet/LungInfection-Train/Doctor-label",
     "pseudo": "TrainingSet/LungInfection-Train/Pseudo-label",
@@ -292,8 +294,7 @@ class InfectionSlices(Dataset):
         if self._transforms is not None:
             stack = self._augmented(stack, index)
         image, mask, edge = stack.split(1)
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-        return {"image": (image - mean) / std, "mask": mask, "edge": edge, "name": self.files[index].name}
+        return {"image": _normalised(image), "mask": mask, "edge": edge, "name": self.files[index].name}
 
     def _augmented(self, stack: torch.Tensor, index: int) -> torch.Tensor:
         together, grey_values = self._transforms
@@ -305,10 +306,26 @@ class InfectionSlices(Dataset):
         return torch.cat([image, stack[1:]]).as_tensor().clamp(0, 1)
 
 
-def _read_stack(item: SliceFiles, size: int) -> np.ndarray:
-    """Image, mask and edge of one slice, resized as the released loader does, uint8 (3, size, size)."""
+def _normalised(image: torch.Tensor) -> torch.Tensor:
+    """Grey image (1, H, W) in [0, 1] as three channels with ImageNet's mean and deviation taken out."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return (image - mean) / std
+
+
+def _resized(plane: np.ndarray, size: int) -> np.ndarray:
+    """Plane (H, W) uint8 as a square, by Pillow's (antialiased) bilinear filter."""
     from PIL import Image
 
+    return np.asarray(Image.fromarray(plane).resize((size, size), Image.BILINEAR))
+
+
+def network_input(grey: np.ndarray, size: int) -> torch.Tensor:
+    """One slice, uint8 (H, W), as `InfectionSlices` gives it to a network: float32 (3, size, size)."""
+    return _normalised(torch.tensor(_resized(grey, size))[None].float() / 255)
+
+
+def _read_stack(item: SliceFiles, size: int) -> np.ndarray:
+    """Image, mask and edge of one slice, resized as the released loader does, uint8 (3, size, size)."""
     image, mask = read_image(item.image), read_mask(item.mask)
     edge = read_mask(item.edge) if item.edge else mask_edges(mask)
     for path, other in ((item.mask, mask), (item.edge, edge)):
@@ -317,8 +334,7 @@ def _read_stack(item: SliceFiles, size: int) -> np.ndarray:
             raise SliceError(
                 f"{path} and {item.image} differ in size ({sizes} pixels): they cannot be one slice"
             )
-    planes = (Image.fromarray(plane).resize((size, size), Image.BILINEAR) for plane in (image, mask, edge))
-    return np.stack([np.asarray(plane) for plane in planes])
+    return np.stack([_resized(plane, size) for plane in (image, mask, edge)])
 
 
 def patient_of(name: str) -> str:
@@ -415,9 +431,9 @@ def _phantom_root() -> Path:
     The folder's name carries a hash of the parameters and of the sources that draw the phantom, so that
     slices of an older phantom are never taken for today's.
     """
-    from covidnb import anatomy, catalog, lesions, phantom
+    from covidnb import catalog, phantom
 
-    sources = b"".join(Path(module.__file__).read_bytes() for module in (anatomy, lesions, phantom))
+    sources = b"".join(path.read_bytes() for path in sorted(Path(phantom.__file__).parent.glob("*.py")))
     digest = hashlib.sha256(json.dumps(PHANTOM).encode() + sources).hexdigest()
     root = catalog.cache_dir() / f"phantom-slices-{digest[:10]}"
     if not root.is_dir():
@@ -441,27 +457,51 @@ def _draw_phantom(root: Path) -> None:
             _write_slice(root, part, f"phantom{number:02d}_{z:02d}", image, classes)
 
 
-def _axial_slices(patient, count: int, lesion_free: bool) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """`count` slices of a phantom, evenly spread: their number, grey values and classes (uint8 (H, W)).
+def lung_slices(ct, lungs) -> Iterator[tuple[int, np.ndarray, tuple[slice, slice]]]:
+    """Axial slices of a scan as networks on slices see them: in the lung window, each cropped to its lungs.
 
-    As in COVID-SemiSeg they are in a lung window, each is cropped to its lungs, and those with a label show a
-    lesion; unlike there all lie upright.
+    Parameters
+    ----------
+    ct : SimpleITK.Image in HU, LPS.
+    lungs : SimpleITK.Image, uint8 on the same grid; slices without lung are passed over.
+
+    Yields
+    ------
+    The slice's number, its grey values (uint8 (h, w)), and where they lie in it: (rows, columns). The box
+    keeps 10 mm around the lungs.
     """
     import SimpleITK as sitk
 
     from covidnb.ct import WINDOWS, window
 
-    grey = np.round(window(patient.ct, *WINDOWS["lung"]) * 255).astype(np.uint8)
+    inside = sitk.GetArrayFromImage(lungs)
+    volume = sitk.GetArrayViewFromImage(ct)
+    margins = [round(LUNG_MARGIN_MM / mm) for mm in ct.GetSpacing()[1::-1]]
+    for z in np.flatnonzero(inside.any(axis=(1, 2))):
+        box = tuple(
+            slice(max(found.min() - margin, 0), found.max() + 1 + margin)
+            for found, margin in zip(np.nonzero(inside[z]), margins, strict=True)
+        )
+        yield int(z), np.round(window(volume[z][box], *WINDOWS["lung"]) * 255).astype(np.uint8), box
+
+
+def _axial_slices(patient, count: int, lesion_free: bool) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """`count` slices of a phantom, evenly spread: their number, grey values and classes (uint8 (H, W)).
+
+    Those with a label show a lesion; unlike in COVID-SemiSeg all lie upright.
+    """
+    import SimpleITK as sitk
+
     lungs, classes = (sitk.GetArrayFromImage(image) for image in (patient.lungs, patient.lesions))
     areas = lungs.sum((1, 2))
     wanted = areas > areas.max() / 4  # not the tips of the lungs
     if not lesion_free:
         wanted &= (classes > 0).sum((1, 2)) > 20
     found = np.flatnonzero(wanted)
-    for z in found[np.linspace(0, len(found) - 1, min(count, len(found))).round().astype(int)]:
-        y, x = np.nonzero(lungs[z])
-        box = slice(max(y.min() - 6, 0), y.max() + 7), slice(max(x.min() - 6, 0), x.max() + 7)
-        yield int(z), grey[z][box], classes[z][box]
+    taken = set(found[np.linspace(0, len(found) - 1, min(count, len(found))).round().astype(int)])
+    for z, grey, box in lung_slices(patient.ct, patient.lungs):
+        if z in taken:
+            yield z, grey, classes[z][box]
 
 
 def _write_slice(root: Path, part: str, name: str, image: np.ndarray, classes: np.ndarray) -> None:

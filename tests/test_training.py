@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from covidnb.files import whole
 from covidnb.training import run as run_module
-from covidnb.training.infnet import InfNetConfig, load_run, predict_slices, split_slices, train
-from covidnb.training.run import ConfigError, Run, load_weights, notebook_parameters, parse_config
+from covidnb.training.infnet import InfNetConfig, load_network, predict_slices, split_slices, train
+from covidnb.training.run import ConfigError, Run, notebook_parameters, parse_config
 from covidnb.training.threshold import GreyBand
 
 
@@ -134,10 +135,19 @@ class TestRunFolder:
     def test_weights_of_another_network_are_refused(self, tmp_path):
         run = Run(tmp_path, InfNetConfig())
         run.save_weights(torch.nn.Linear(3, 3))
-        with pytest.raises(ConfigError, match="does not hold the weights of this Conv2d"):
-            load_weights(torch.nn.Conv2d(1, 1, 1), run.weights_path)
-        with pytest.raises(ConfigError, match="no such weights file"):
-            load_weights(torch.nn.Linear(3, 3), tmp_path / "none.safetensors")
+        with pytest.raises(ConfigError, match="holds a Linear, not an InfNet"):
+            load_network(run.weights_path)
+
+    def test_other_files_are_refused_as_weights(self, tmp_path):
+        path = tmp_path / "w.safetensors"
+        with pytest.raises(ConfigError, match="no such file"):
+            load_network(path)
+        path.write_bytes(b"not weights at all")
+        with pytest.raises(ConfigError, match="no safetensors file"):
+            load_network(path)
+        save_file({"a": torch.zeros(1)}, path)
+        with pytest.raises(ConfigError, match="does not say which network"):
+            load_network(path)
 
 
 class TestThreshold:
@@ -185,7 +195,9 @@ def test_learns_discs_and_fills_the_run_folder(tiny, tmp_path):
     assert metrics["scores"]["dice_at_0.5"] > 0.7
     # the stored weights are those that made the stored maps
     _, held_out = split_slices(config)
-    again = predict_slices(load_run(tmp_path), held_out, config.size)
+    net, its_config = load_network(run.weights_path)
+    assert its_config == config
+    again = predict_slices(net, held_out, config.size)
     stored = np.asarray(Image.open(tmp_path / "predictions" / "patient9_1.png"))
     assert np.abs(np.round(again[0] * 255) - stored).max() <= 1
     assert "Not for diagnosis" in (run.folder / "model_card.md").read_text()

@@ -23,7 +23,7 @@ from covidnb.metrics import dice_at, slice_scores
 from covidnb.nets import InfNet
 from covidnb.nets.infnet import resize
 from covidnb.slices import InfectionSlices, SliceFiles, fold, list_slices, read_mask, semiseg_root
-from covidnb.training.run import ConfigError, Run, load_weights, parse_config, versions
+from covidnb.training.run import ConfigError, Run, parse_config, read_weights, versions
 
 
 @dataclass(frozen=True)
@@ -286,24 +286,24 @@ def _fit(fabric: Fabric, run: Run, files, held_out) -> tuple[nn.Module, list[dic
                 {"net": bare.state_dict(), "optimizer": optimizer.state_dict(), "history": history}
             )
             progress.set_postfix(epoch=epoch + 1, loss=f"{row['total']:.3f}")
-    return net, history
+    return bare, history
 
 
-def load_run(folder: str | Path) -> InfNet:
-    """Build the network of a finished run and load its weights, ready to predict.
+def load_network(weights: str | Path) -> tuple[InfNet, InfNetConfig]:
+    """Build the network that a run's weights.safetensors is for, and fill it; ready to predict.
 
     Raises
     ------
     ConfigError
-        Where the folder holds no finished run.
+        Where the file is missing, damaged, or another network's.
     """
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise ConfigError(f"{folder} is no run folder: it has no config.json")
-    config = parse_config(InfNetConfig, json.loads(path.read_text()))
+    header, tensors = read_weights(weights)
+    if header["network"] != "InfNet":
+        raise ConfigError(f"{weights} holds a {header['network']}, not an InfNet")
+    config = parse_config(InfNetConfig, json.loads(header["config"]))
     net = InfNet(config.backbone)
-    load_weights(net, Path(folder) / "weights.safetensors")
-    return net.eval()
+    net.load_state_dict(tensors)
+    return net.eval(), config
 
 
 def main(argv: list[str] | None = None) -> None:

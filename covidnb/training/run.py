@@ -11,7 +11,8 @@ import typing
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from covidnb.files import whole
@@ -208,25 +209,28 @@ class Run:
             part.write_text(CARD.format(**locals()))
 
     def save_weights(self, net: nn.Module) -> None:
-        """Write the trained weights as safetensors."""
+        """Write the trained weights as safetensors; the config goes into the file's header."""
+        header = {"network": type(net).__name__, "config": json.dumps(dataclasses.asdict(self.config))}
         with whole(self.weights_path) as part:
-            save_file({k: v.contiguous().cpu() for k, v in net.state_dict().items()}, part)
+            save_file({k: v.contiguous().cpu() for k, v in net.state_dict().items()}, part, metadata=header)
 
 
-def load_weights(net: nn.Module, path: str | Path) -> None:
-    """Load a safetensors file into a network, strictly.
+def read_weights(path: str | Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """Read a run's weights file: its header ("network", "config") and its tensors.
 
     Raises
     ------
     ConfigError
-        Where the file is missing, no safetensors file, or holds another network's weights.
+        Where the file is missing, or was not written by a run of the course.
     """
     if not Path(path).is_file():
-        raise ConfigError(f"{path}: no such weights file; give the weights.safetensors of a finished run")
+        raise ConfigError(f"{path}: no such file; give the weights.safetensors of a finished run")
     try:
-        net.load_state_dict(load_file(path))
-    except Exception as fault:
-        reason = str(fault).splitlines()[0]
-        raise ConfigError(
-            f"{path} does not hold the weights of this {type(net).__name__}: {reason}"
-        ) from fault
+        with safe_open(path, framework="pt") as stored:
+            header = stored.metadata() or {}
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as fault:
+        raise ConfigError(f"{path} is no safetensors file ({fault}): train or copy it again") from fault
+    if "network" not in header or "config" not in header:
+        raise ConfigError(f"{path} does not say which network it is for: use the file that a run wrote")
+    return header, tensors

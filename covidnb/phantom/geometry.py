@@ -14,8 +14,8 @@ from scipy.interpolate import PchipInterpolator
 class Grid:
     """Voxel centres of a scan in the patient's coordinates: `z` (Z,1,1), `y` and `x` (Z,Y,X), float32, mm.
 
-    A patient never lies quite straight: `turn` (radians) rotates about the long axis and `sway`, four amplitudes
-    (mm) and four phases, adds slow waves, so that no outline is a formula's.
+    A patient never lies quite straight: `turn` (radians) rotates about the long axis and `sway`, four
+    amplitudes (mm) and four phases, adds slow waves, so that no outline is a formula's.
     """
 
     def __init__(self, shape, spacing, top: float, turn: float, sway):
@@ -41,7 +41,7 @@ class Grid:
         return dy, dx
 
     def on_axes(self, points: np.ndarray) -> np.ndarray:
-        """Points (n, 3) of the patient's coordinates on the straight `axes`, on which thin tubes are drawn."""
+        """Points (n, 3) of the patient's coordinates on the straight `axes`, where thin tubes are drawn."""
         z, y, x = np.asarray(points, np.float32).T
         dy, dx = self._shift(z, y, x)
         return np.stack([z, y - dy, x - dx], axis=1)
@@ -75,7 +75,7 @@ def smooth_max(a, b, k: float):
 
 
 def ellipsoid(at, centre, axes, tilt: float = 0.0):
-    """Approximate signed distance to an ellipsoid; centre and half axes (z, y, x), tilt (radians) turns y to x."""
+    """Approximate signed distance to an ellipsoid: centre, half axes (z, y, x), tilt from y to x in radians."""
     z, y, x = at
     z, y, x = z - float(centre[0]), y - float(centre[1]), x - float(centre[2])
     if tilt:
@@ -110,7 +110,7 @@ def profile(heights, values, z):
 
 
 def smooth_noise(shape, spacing, scale: float, rng: np.random.Generator) -> np.ndarray:
-    """Noise of standard deviation 1 that varies over `scale` mm, made on a coarse lattice and interpolated."""
+    """Noise of standard deviation 1 that varies over `scale` mm, interpolated from a coarse lattice."""
     size = [max(2, int(np.ceil(n * s / scale)) + 2) for n, s in zip(shape, spacing, strict=True)]
     field = rng.standard_normal(size, np.float32)
     for axis, (n, s) in enumerate(zip(shape, spacing, strict=True)):

@@ -20,8 +20,8 @@ GGO, CONSOLIDATION = 1, 2
 
 
 class Growth(NamedTuple):
-    """Lesions on a grid: `labels` (uint8) 0, GGO, CONSOLIDATION; `part` 0..1, how much of the airspace is filled;
-    `hu`, what it is filled to. A voxel is labelled where `part` is at least one half."""
+    """Lesions on a grid: `labels` (uint8) 0, GGO, CONSOLIDATION; `part` 0..1, how much of the airspace is
+    filled; `hu`, what it is filled to. A voxel is labelled where `part` is at least one half."""
 
     labels: np.ndarray
     part: np.ndarray
@@ -51,9 +51,9 @@ class Disease:
         return cls(
             severity=severity,
             size=10 + 42 * np.sqrt(severity) * rng.uniform(0.6, 1.3),
-            ggo=float(np.clip(rng.normal(-590, 45), -690, -500)),
+            ggo=float(np.clip(rng.normal(-640, 45), -720, -540)),
             solid=float(rng.beta(1.3, 1.5)),
-            paving=float(rng.uniform(120, 220)) if paved else 0.0,
+            paving=float(rng.uniform(100, 180)) if paved else 0.0,
         )
 
 
@@ -68,9 +68,10 @@ def depth_in(lungs: np.ndarray, spacing) -> np.ndarray:
 class _Field:
     """The lungs' bounding box while lesions grow in it."""
 
-    def __init__(self, inside: np.ndarray, spacing: np.ndarray, rng: np.random.Generator):
-        self.inside, self.spacing = inside, spacing
-        shape = inside.shape
+    def __init__(self, lobes: np.ndarray, spacing: np.ndarray, rng: np.random.Generator):
+        self.lobes, self.spacing = lobes, spacing
+        self.inside = inside = lobes > 0
+        shape = lobes.shape
         self.axes = [np.arange(n, dtype=np.float32) * s for n, s in zip(shape, spacing, strict=True)]
         self.depth = depth_in(np.pad(inside, 1), spacing)[1:-1, 1:-1, 1:-1]
         self.rough = 0.24 * smooth_noise(shape, spacing, 13, rng) + 0.15 * smooth_noise(
@@ -78,13 +79,17 @@ class _Field:
         )
         self.texture = smooth_noise(shape, spacing, 4, rng)
         self.voxels = np.argwhere(inside)
-        # walls of the secondary lobules: cells around random points, about 14 mm apart
-        count = max(8, int(1.3 * len(self.voxels) * float(spacing.prod()) / 14**3))
-        seeds = self.voxels[rng.integers(len(self.voxels), size=count)]
-        self.lobules = cKDTree((seeds + rng.uniform(-0.5, 0.5, seeds.shape)) * spacing)
-        self.jitter = rng.normal(0, 0.17, count).astype(np.float32)
+        self.lobules = self._cells(14, rng)
+        self.jitter = rng.normal(0, 0.13, self.lobules.n).astype(np.float32)
+        self.mesh = self._cells(6, rng)
         self.part, self.solid = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
         self.hu = np.full(shape, -1000, np.float32)
+
+    def _cells(self, size: float, rng: np.random.Generator) -> cKDTree:
+        """Random points of the lungs, about `size` mm apart: their Voronoi cells stand for lobules."""
+        count = max(8, int(1.3 * len(self.voxels) * float(self.spacing.prod()) / size**3))
+        points = self.voxels[rng.integers(len(self.voxels), size=count)]
+        return cKDTree((points + rng.uniform(-0.5, 0.5, points.shape)) * self.spacing)
 
     def likelihood(self) -> np.ndarray:
         """How likely a lesion starts at each voxel: under the costal pleura, at the back, low."""
@@ -101,9 +106,9 @@ class _Field:
         along = disease.size * rng.lognormal(0, 0.5)
         through = along * rng.uniform(0.35, 0.9)
         stretch = rng.uniform(0.7, 1.5)  # along the body's axis
-        soft = rng.uniform(0.12, 0.5)
+        soft = rng.uniform(0.2, 0.6)
         level = disease.ggo + rng.normal(0, 50)
-        core = rng.uniform(0.25, 0.8) if rng.random() < disease.solid else 0.0
+        core = rng.uniform(0.3, 1.0) if rng.random() < disease.solid else 0.0
         towards = rng.normal(0, 0.35, 3)
         reach = 1.6 * along * max(1, stretch)
         where = centre * self.spacing
@@ -118,18 +123,19 @@ class _Field:
         lift = self.depth[box] - self.depth[tuple(centre)]
         flat = np.maximum((z / stretch) ** 2 + y * y + x * x - lift * lift, 0)
         raw = np.sqrt(np.square(lift / through) + flat / along**2)
-        near = np.nonzero(self.inside[box] & (raw < 1.6))
+        near = np.nonzero((self.lobes[box] == self.lobes[tuple(centre)]) & (raw < 1.6))
         at = tuple(n + b.start for n, b in zip(near, box, strict=True))
         points = np.stack(at, axis=1) * self.spacing
-        gap, lobule = self.lobules.query(points, k=2)
-        rough = self.rough[at] + self.jitter[lobule[:, 0]]
+        _, lobule = self.lobules.query(points)
+        rough = self.rough[at] + self.jitter[lobule]
         q = raw[near] + rough
         mine = np.clip((1 - q) / soft, 0, 1)
-        hu = level + 130 * np.clip(1 - q, 0, 1) + 70 * self.texture[at]
+        hu = level + 130 * np.clip(1 - q, 0, 1) + 50 * self.texture[at]
         if disease.paving:
-            hu += disease.paving * fill(gap[:, 1] - gap[:, 0] - 1.5, 2.0)
+            gap, _ = self.mesh.query(points, k=2)
+            hu += disease.paving * fill(gap[:, 1] - gap[:, 0] - 1.0, 1.5)
         old = self.part[at]
-        self.hu[at] = np.where(mine > 0, np.maximum(self.hu[at], hu), self.hu[at])
+        self.hu[at] = np.where(mine > old, hu, self.hu[at])  # the densest lesion's own HU
         self.part[at] = np.maximum(old, mine)
         if core:
             offset = points - (where + towards * along)
@@ -137,14 +143,22 @@ class _Field:
             self.solid[at] = np.maximum(self.solid[at], np.clip((1 - q) / 0.3, 0, 1) * (mine > 0.5))
         return float((np.maximum(old, mine) >= 0.5).sum() - (old >= 0.5).sum())
 
+    def clear_specks(self):
+        """Take away what would be labelled in pieces under 0.1 ml: no reader would have drawn them."""
+        pieces, count = ndimage.label(self.part >= 0.5, np.ones((3, 3, 3)))
+        size = np.bincount(pieces.ravel(), minlength=count + 1) * float(self.spacing.prod())
+        size[0] = np.inf
+        self.part[(size < 100)[pieces]] = 0
+
 
 def grow(lungs: np.ndarray, spacing, rng: np.random.Generator, disease: Disease) -> Growth:
     """Grow lesions in a lung mask (Z, Y, X) until `disease.severity` of its volume is infected.
 
-    spacing is (z, y, x) in mm; the axes run as in an LPS image's array: z to the head, y to the back.
+    The mask may number lobes (1, 2, ...): a lesion does not cross from one into another. spacing is (z, y, x)
+    in mm; the axes run as in an LPS image's array: z to the head, y to the back.
     """
-    whole = np.asarray(lungs) > 0
-    box = ndimage.find_objects(whole.astype(np.uint8))[0]
+    whole = np.asarray(lungs, np.uint8)
+    box = ndimage.find_objects((whole > 0).astype(np.uint8))[0]
     field = _Field(np.ascontiguousarray(whole[box]), np.asarray(spacing, np.float32), rng)
     chance = np.cumsum(field.likelihood())
     grown = 0.0
@@ -153,6 +167,7 @@ def grow(lungs: np.ndarray, spacing, rng: np.random.Generator, disease: Disease)
             break
         start = min(int(np.searchsorted(chance, rng.random())), len(chance) - 1)
         grown += field.add(field.voxels[start], disease, rng)
+    field.clear_specks()
     consolidated = rng.normal(-45, 25) + 35 * field.texture
     hu = field.hu + field.solid * (consolidated - field.hu)
     labels = np.where(field.part >= 0.5, np.where(field.solid >= 0.5, CONSOLIDATION, GGO), 0).astype(np.uint8)

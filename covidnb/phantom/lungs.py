@@ -1,4 +1,4 @@
-"""What fills the lungs of the digital chest: parenchyma, vessels, bronchi, and what a reader may take for disease."""
+"""What fills the lungs of the digital chest: parenchyma, vessels, bronchi, and some mimics of disease."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from covidnb.phantom.body import AIRWAY, ANATOMY, Body
 from covidnb.phantom.geometry import fill, smooth_noise
 
 VESSEL_HU = 40.0
+TIP = 0.5  # radius of the thinnest vessels, mm
 
 
 class Interior(NamedTuple):
-    """The inside of the lungs on the grid: `parenchyma` in HU, fractions of a voxel in `vessels`, `walls`, `lumen`."""
+    """The inside of the lungs: `parenchyma` in HU, fractions of a voxel in `vessels`, `walls` and `lumen`."""
 
     parenchyma: np.ndarray
     vessels: np.ndarray
@@ -23,13 +24,14 @@ class Interior(NamedTuple):
 
 
 def parenchyma(body: Body, rng: np.random.Generator) -> np.ndarray:
-    """HU of the aerated lung: denser with gravity, mottled, hazy under the posterior pleura, with thin atelectases."""
+    """HU of the aerated lung: denser at the back, mottled, hazy under the pleura there, thin atelectases."""
     p, g = body.patient, body.grid
     hu = p.aeration + p.gravity * (0.5 * body.ahead) + 10 * smooth_noise(g.shape, g.spacing, 6, rng)
     hu += 14 * smooth_noise(g.shape, g.spacing, 30, rng)
     patches = np.clip(0.7 + 0.5 * smooth_noise(g.shape, g.spacing, 24, rng), 0, 2)
     near = np.exp(-np.clip(-body.lungs, 0, None) / 6) * np.clip(2.2 * (body.ahead - 0.45), 0, 1)
     hu += p.haze * patches * near
+    hu += 110 * np.exp(-np.square(body.fissure / 1.1))
     for _ in range(rng.poisson(1.5)):
         _atelectasis(body, hu, rng)
     return hu.astype(np.float32)
@@ -72,14 +74,12 @@ def interior(body: Body, rng: np.random.Generator) -> Interior:
         lung = deep & mask
         if not lung.any():
             continue
-        arteries = trees.grow_tree(straight[artery], trees.scatter(lung, g.axes, 11.5, rng), tip=0.42)
+        arteries = trees.grow_tree(straight[artery], trees.scatter(lung, g.axes, 11.5, rng), tip=TIP)
         trees.draw_tubes(vessels, axes, arteries, g.voxel)
         points = trees.scatter(lung, g.axes, 12.5, rng)
         upper = points[:, 0] > straight[veins[0]][0] + 12
         for root, chosen in ((veins[0], ~upper), (veins[1], upper)):
-            trees.draw_tubes(
-                vessels, axes, trees.grow_tree(straight[root], points[chosen], tip=0.42), g.voxel
-            )
+            trees.draw_tubes(vessels, axes, trees.grow_tree(straight[root], points[chosen], tip=TIP), g.voxel)
         # a bronchus runs beside each larger artery
         large = arteries.radius > 1.15
         beside = np.array([0.55, 0.55, 0.63]) * (arteries.radius[large] * 1.9 + 0.6)[:, None]
@@ -93,15 +93,15 @@ def interior(body: Body, rng: np.random.Generator) -> Interior:
 
 
 def aerate(body: Body, hu, labels, inside: Interior, air: np.ndarray):
-    """Put the lungs (`air`, HU) and the central airways into the painted body; returns the lung mask (bool)."""
+    """Put the lungs (`air`, HU) and the central airways into the painted body; returns the lung mask."""
     g, p = body.grid, body.patient
-    part = fill(body.sides, g.voxel) * fill(body.above, g.voxel + p.blurred)
+    part = fill(body.sides, g.voxel) * fill(body.above, body.dome_width + p.blurred)
     hu += part * (air - hu)
     mask = body.lungs < 0
     for name in AIRWAY:
         box, distance = body.tubes[name]
         old = hu[box]
-        old += fill(distance - 1.5, g.voxel) * (20 - old)
+        old += fill(distance - 1.1, g.voxel) * (20 - old)
     for name in AIRWAY:
         box, distance = body.tubes[name]
         old = hu[box]

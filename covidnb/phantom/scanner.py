@@ -41,7 +41,7 @@ def noise(shape, spacing, style: Style, rng: np.random.Generator) -> np.ndarray:
 
 
 def scan(hu: np.ndarray, spacing, style: Style, rng: np.random.Generator) -> np.ndarray:
-    """The scan of noise-free HU (Z, Y, X): float32, whole numbers, -1024 to 3071 HU, as a scanner stores them."""
+    """The scan of noise-free HU (Z, Y, X): whole numbers from -1024 to 3071 HU, as scanners store them."""
     sz, sy, sx = spacing
     profile = style.slice / np.sqrt(12) / sz  # sigma of a rectangular slice
     out = ndimage.gaussian_filter(hu, (profile, style.blur / sy, style.blur / sx), truncate=3)

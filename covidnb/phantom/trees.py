@@ -30,8 +30,8 @@ def scatter(mask, axes, step: float, rng: np.random.Generator) -> np.ndarray:
 def grow_tree(root, points, *, tip: float, balance: float = 0.35, power: float = 2.7) -> Tree:
     """Connect points (n, 3) to a root (3,) so that both the branches and the ways from the root stay short.
 
-    A minimum spanning tree with a balancing factor (Cuntz et al. 2010, doi:10.1371/journal.pcbi.1000877). Radii
-    follow Murray's law: `tip` mm at the ends, and r^power of a branch the sum of its children's.
+    A minimum spanning tree with a balancing factor (Cuntz et al. 2010, doi:10.1371/journal.pcbi.1000877).
+    Radii follow Murray's law: `tip` mm at the ends, and r^power of a branch the sum of its children's.
     """
     nodes = np.vstack([root, points]).astype(np.float32)
     n = len(nodes)
@@ -69,8 +69,8 @@ def grow_tree(root, points, *, tip: float, balance: float = 0.35, power: float =
 def draw_tubes(canvas, axes, tree: Tree, voxel: float) -> None:
     """Write the fraction of each voxel that the branches fill into `canvas` (the maximum where they overlap).
 
-    `axes` are the canvas's voxel centres (z, y, x) in mm. A branch thinner than a voxel is drawn as wide as one
-    and as faint as its cross-section asks.
+    `axes` are the canvas's voxel centres (z, y, x) in mm. A branch thinner than a voxel is drawn as wide as
+    one and as faint as its cross-section asks.
     """
     origin = np.array([a[0] for a in axes])
     step = np.array([a[1] - a[0] for a in axes])

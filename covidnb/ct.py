@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -144,6 +145,76 @@ def write_like(result: np.ndarray | sitk.Image, image: sitk.Image, path: str | P
         except (RuntimeError, CTError) as fault:
             raise OSError(f"{path}: could not be written: is the disk full, or the folder locked?") from fault
     return path
+
+
+def write_series(
+    image: sitk.Image, folder: str | Path, *, uid: str = "2.25.2020", name: str = "chest"
+) -> Path:
+    """Write a scan in HU as a scanner does: one DICOM file per slice, unsigned integers and an intercept.
+
+    Parameters
+    ----------
+    image
+        HU from -1024 to 64511, rounded to whole numbers.
+    folder
+        Made, with slice_000.dcm and so on from foot to head. It appears complete or not at all.
+    uid, name
+        SeriesInstanceUID and SeriesDescription.
+
+    Raises
+    ------
+    CTError
+        The folder exists, or the HU do not fit.
+    RuntimeError
+        A slice cannot be written, for example because the disk is full.
+    """
+    folder = Path(folder)
+    values = sitk.GetArrayViewFromImage(image)
+    if folder.exists():
+        raise CTError(f"{folder}: exists. Give a new folder, so that no two series mix.")
+    if values.min() < -1024 or values.max() > 64511:
+        raise CTError(
+            f"{folder}: HU from {values.min():g} to {values.max():g} do not fit: clip them to -1024."
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    direction = image.GetDirection()
+    tags = {
+        "0008|0016": "1.2.840.10008.5.1.4.1.1.2",  # CT Image Storage
+        "0008|0060": "CT",
+        "0008|103e": name,
+        "0020|000d": f"{uid}.0",  # study
+        "0020|000e": uid,
+        "0020|0037": _decimals(direction[0::3] + direction[1::3]),  # of the rows, of the columns
+        "0028|0100": "16",  # bits: allocated, stored, the highest; and unsigned
+        "0028|0101": "16",
+        "0028|0102": "15",
+        "0028|0103": "0",
+        "0028|1052": "-1024",  # rescale intercept
+        "0028|1053": "1",  # rescale slope
+    }
+    writer = sitk.ImageFileWriter()
+    writer.KeepOriginalImageUIDOn()
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".part-") as part:
+        complete = Path(part) / folder.name
+        complete.mkdir()
+        for k in range(image.GetDepth()):
+            piece = sitk.Cast(sitk.Round(image[:, :, k]), sitk.sitkFloat64)  # the writer takes HU from floats
+            own = {
+                "0008|0018": f"{uid}.{k + 1}",
+                "0020|0013": str(k + 1),
+                "0020|0032": _decimals(image.TransformIndexToPhysicalPoint((0, 0, k))),
+            }
+            for tag, value in (tags | own).items():
+                piece.SetMetaData(tag, value)
+            writer.SetFileName(str(complete / f"slice_{k:03d}.dcm"))
+            writer.Execute(piece)
+        complete.rename(folder)
+    return folder
+
+
+def _decimals(values: tuple[float, ...]) -> str:
+    """DICOM decimal strings, of at most 16 characters each."""
+    return "\\".join(f"{value:.10g}" for value in values)
 
 
 def window(hu: np.ndarray | sitk.Image, low: float, high: float) -> np.ndarray:

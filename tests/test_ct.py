@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from covidnb import ct
-from covidnb.ct import CTError, read_ct, read_mask, window, write_like
+from covidnb.ct import CTError, read_ct, read_mask, window, write_like, write_series
 
 ORIENTATIONS = [
     "".join(letters)
@@ -40,39 +40,6 @@ def save(image: sitk.Image, path) -> str:
 
 def geometry(image: sitk.Image) -> tuple:
     return image.GetSize(), image.GetSpacing(), image.GetOrigin(), image.GetDirection()
-
-
-def write_dicom(
-    folder, image: sitk.Image, uid="1.2.826.0.1.3680043.2.1125.1", name="chest", tilt=0.0
-) -> None:
-    """Write a scan in HU as a DICOM series, stored with intercept -1024, `tilt` mm of shift per slice."""
-    folder.mkdir(exist_ok=True)
-    real = sitk.Cast(image, sitk.sitkFloat64)  # the writer turns real numbers into stored ones
-    writer = sitk.ImageFileWriter()
-    writer.KeepOriginalImageUIDOn()
-    for k in range(image.GetDepth()):
-        part = real[:, :, k]
-        x, y, z = image.TransformIndexToPhysicalPoint((0, 0, k))
-        tags = {
-            "0008|0060": "CT",
-            "0008|103e": name,
-            "0020|000e": uid,
-            "0020|000d": "1.2.3",
-            "0008|0018": f"{uid}.{k + 1}",
-            "0020|0032": f"{x}\\{y + tilt * k}\\{z}",  # position in mm
-            "0020|0037": "1\\0\\0\\0\\1\\0",  # directions of rows and columns
-            "0020|0013": str(k + 1),
-            "0028|0100": "16",  # bits allocated, stored, highest; 0: unsigned
-            "0028|0101": "16",
-            "0028|0102": "15",
-            "0028|0103": "0",
-            "0028|1052": "-1024",  # rescale intercept
-            "0028|1053": "1",  # rescale slope
-        }
-        for tag, value in tags.items():
-            part.SetMetaData(tag, value)
-        writer.SetFileName(str(folder / f"{uid[-3:]}_{k:03d}.dcm"))
-        writer.Execute(part)
 
 
 # ------------------------------------------------------------------------------------------ orientation
@@ -186,54 +153,83 @@ def test_masks_that_do_not_fit_are_refused(tmp_path):
 # ------------------------------------------------------------------------------------------------- DICOM
 
 
-def test_a_dicom_series_is_read_in_hu_whatever_its_file_names(tmp_path):
-    scan = toy_scan()
-    write_dicom(tmp_path / "dicom", scan)
-    files = sorted((tmp_path / "dicom").iterdir())
-    for old, letter in zip(files, "hgbeacfd", strict=True):
-        old.rename(old.with_name(f"{letter}.dcm"))
-    image = read_ct(tmp_path / "dicom")
+@settings(deadline=None, max_examples=15)
+@given(
+    shape=st.tuples(*[st.integers(4, 13)] * 3),
+    spacing=st.tuples(*[st.floats(0.3, 7.0)] * 3),
+    origin=st.tuples(*[st.floats(-400, 400)] * 3),
+    angles=st.tuples(*[st.floats(-0.3, 0.3)] * 3),
+    shuffle=st.randoms(use_true_random=False),
+)
+def test_a_dicom_series_is_read_in_hu_whatever_its_file_names(
+    tmp_path_factory, shape, spacing, origin, angles, shuffle
+):
+    scan = toy_scan(shape, spacing, origin)
+    scan.SetDirection(sitk.Euler3DTransform((0, 0, 0), *angles).GetMatrix())
+    folder = write_series(scan, tmp_path_factory.mktemp("scan") / "dicom")
+    files = sorted(folder.iterdir())
+    numbers = list(range(len(files)))
+    shuffle.shuffle(numbers)
+    for old, number in zip(files, numbers, strict=True):
+        old.rename(folder / f"{number}.dcm")
+    image = read_ct(folder)
     np.testing.assert_array_equal(sitk.GetArrayFromImage(image), sitk.GetArrayFromImage(scan))
-    np.testing.assert_allclose(image.GetSpacing(), scan.GetSpacing(), rtol=1e-9)
-    np.testing.assert_allclose(image.GetOrigin(), scan.GetOrigin(), rtol=1e-9)
+    for got, expected in zip(geometry(image), geometry(scan), strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_a_series_is_not_written_over_another_nor_with_hu_that_do_not_fit(tmp_path):
+    with pytest.raises(CTError, match="exists"):
+        write_series(toy_scan(), tmp_path)
+    with pytest.raises(CTError, match="low: HU from -2.* do not fit"):
+        write_series(toy_scan() - 1200, tmp_path / "low")
+    assert not list(tmp_path.iterdir())
 
 
 def test_two_series_are_listed_and_one_can_be_chosen(tmp_path):
-    write_dicom(tmp_path / "d", toy_scan(seed=1), uid="1.2.826.1.101", name="lung 1.25")
-    write_dicom(tmp_path / "d", toy_scan((5, 20, 24), seed=2), uid="1.2.826.1.102", name="soft 5.0")
+    write_series(toy_scan(seed=1), tmp_path / "d", uid="2.25.101", name="lung 1.25")
+    write_series(toy_scan((5, 20, 24), seed=2), tmp_path / "e", uid="2.25.102", name="soft 5.0")
+    for path in (tmp_path / "e").iterdir():
+        path.rename(tmp_path / "d" / f"e_{path.name}")
     with pytest.raises(
-        CTError, match=r"(?s)which DICOM series.*1\.101: 8 slices, lung.*1\.102: 5 slices, soft"
+        CTError, match=r"(?s)which DICOM series.*25\.101: 8 slices, lung.*25\.102: 5 slices, soft"
     ):
         read_ct(tmp_path / "d")
-    assert read_ct(tmp_path / "d", series="1.2.826.1.102").GetDepth() == 5
+    assert read_ct(tmp_path / "d", series="2.25.102").GetDepth() == 5
     with pytest.raises(CTError, match="which DICOM series"):
         read_ct(tmp_path / "d", series="9.9")
 
 
 def test_a_missing_slice_is_named_by_its_position(tmp_path):
-    write_dicom(tmp_path / "d", toy_scan())
+    write_series(toy_scan(), tmp_path / "d")
     sorted((tmp_path / "d").iterdir())[3].unlink()
     with pytest.raises(CTError, match=r"d: a slice is missing between -295 and -290 mm"):
         read_ct(tmp_path / "d")
 
 
 def test_doubled_slices_tilted_gantry_and_damaged_slices_are_refused(tmp_path):
-    write_dicom(tmp_path / "tilted", toy_scan(), tilt=0.4)
+    write_series(toy_scan(), tmp_path / "tilted")
+    for k, path in enumerate(sorted((tmp_path / "tilted").iterdir())):
+        data = path.read_bytes()
+        assert (
+            data.count(b"\\12.25\\") == 1
+        )  # y of the position; moved by 0.4 mm a slice, in as many characters
+        path.write_bytes(data.replace(b"\\12.25\\", b"\\%05.2f\\" % (12.25 + 0.4 * k)))
     with pytest.raises(CTError, match="tilted gantry.*0.4 mm"):
         read_ct(tmp_path / "tilted")
-    write_dicom(tmp_path / "double", toy_scan())
+    write_series(toy_scan(), tmp_path / "double")
     first = sorted((tmp_path / "double").iterdir())[0]
     shutil.copy(first, first.with_name("again.dcm"))
     with pytest.raises(CTError, match="slices too close, at -300 and -300 mm"):
         read_ct(tmp_path / "double")
-    write_dicom(tmp_path / "cut", toy_scan())
+    write_series(toy_scan(), tmp_path / "cut")
     last = sorted((tmp_path / "cut").iterdir())[-1]
     data = last.read_bytes()
     for missing in (1, 300, 962, 970, 1600):  # in the pixels, in their length, before them, in the header
         last.write_bytes(data[:-missing])
         with pytest.raises(CTError, match=f"{last.name}: this DICOM file is cut short"):
             read_ct(tmp_path / "cut")
-    write_dicom(tmp_path / "one", toy_scan()[:, :, :1])
+    write_series(toy_scan()[:, :, :1], tmp_path / "one")
     with pytest.raises(CTError, match="2-D"):
         read_ct(tmp_path / "one")
 
@@ -380,6 +376,16 @@ def test_window_is_linear_and_clips():
 # ---------------------------------------------------------------------------------------------- full disk
 
 
+def test_a_full_disk_leaves_no_half_a_series(tmp_path, monkeypatch):
+    def full(writer, image):
+        raise RuntimeError("No space left on device")
+
+    monkeypatch.setattr(sitk.ImageFileWriter, "Execute", full)
+    with pytest.raises(RuntimeError):
+        write_series(toy_scan(), tmp_path / "series")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
     image = read_ct(save(toy_scan(), tmp_path / "scan.nii.gz"))
     write_like(image, image, tmp_path / "old.nii.gz")
@@ -431,3 +437,15 @@ def test_real_scans_in_hu_are_accepted_and_8_bit_ones_refused(data_dir):
             read_ct(path)
     image = read_ct(eight_bit[0], stored_window=(-1250, 250))
     assert np.ptp(sitk.GetArrayViewFromImage(image)) == 1500
+
+
+@pytest.mark.network
+def test_the_registry_ct_with_padding_is_accepted_and_its_heart_lies_left():
+    from covidnb import catalog
+
+    folder = catalog.fetch("chest-ct", quiet=True)
+    image = read_ct(folder / "cxr.nii.gz")  # stored with y flipped
+    assert sitk.GetArrayViewFromImage(image).min() == -2048
+    labels = sitk.GetArrayFromImage(read_mask(folder / "mask.nii.gz", image))
+    left_lobes, right_lobes = np.isin(labels, [10, 11]), np.isin(labels, [12, 13, 14])
+    assert np.nonzero(left_lobes)[2].mean() > np.nonzero(right_lobes)[2].mean() + 100  # x grows to the left

@@ -93,19 +93,19 @@ RECIPES = {
         "backbone": "efficientnet_lite0",
         "size": 256,
         "batch": 8,
-        "epochs": 40,
+        "epochs": 30,
         "lr": 3e-4,
-        "drop_epoch": 30,
+        "drop_epoch": 24,
         "augment": True,
     },
     "laptop": {
         "backbone": "efficientnet_lite0",
         "pretrained": False,
-        "size": 128,
+        "size": 160,
         "batch": 8,
-        "epochs": 15,
+        "epochs": 16,
         "lr": 2e-3,
-        "drop_epoch": 12,
+        "drop_epoch": 13,
         "augment": True,
     },
 }
@@ -119,7 +119,7 @@ def configure(values: dict) -> InfNetConfig:
     values : dict
         Fields of `InfNetConfig`, and optionally "recipe": "paper" (Res2Net-50 at 352 pixels: for a GPU),
         "lite" (EfficientNet-Lite0 with ImageNet weights at 256 pixels: real slices on two cores), "laptop"
-        (the same from random weights at 128 pixels: nothing to download), or "auto": "laptop" on the phantom,
+        (the same from random weights at 160 pixels: nothing to download), or "auto": "laptop" on the phantom,
         else "lite".
 
     Raises

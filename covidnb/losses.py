@@ -41,6 +41,7 @@ def structure_loss(
     """
     if logits.shape != mask.shape:
         raise ValueError(f"logits {tuple(logits.shape)} and mask {tuple(mask.shape)} differ in shape")
+    logits = logits.to(mask.dtype)  # sums over a picture lose their last digits in bf16
     w = boundary_weight(mask) if weight is None else weight
     dims = (1, 2, 3)
     if official:
@@ -79,5 +80,5 @@ def infnet_loss(out: InfNetOutput, mask: Tensor, edge: Tensor, official: bool = 
     """
     weight = boundary_weight(mask)
     sides = [structure_loss(m, mask, official, weight) for m in out[:4]]
-    outline = F.binary_cross_entropy_with_logits(out.edge, edge)
+    outline = F.binary_cross_entropy_with_logits(out.edge.to(edge.dtype), edge)
     return InfNetLoss(sum(sides) + outline, *sides, outline)

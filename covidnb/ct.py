@@ -354,12 +354,12 @@ def _sorted_by_position(files: tuple[str, ...], folder: Path) -> list[str]:
     steps = np.diff(along)
     usual = float(np.median(steps))
     for i in np.flatnonzero(np.abs(steps - usual) > 0.1 * usual):
-        here = f"{along[i]:g} and {along[i + 1]:g} mm on the slice axis, where the step is {usual:g} mm"
+        here = f"{along[i]:.1f} and {along[i + 1]:.1f} mm on the slice axis, where the step is {usual:.3g} mm"
         if steps[i] > usual:
             raise CTError(f"{folder}: a slice is missing between {here}. Export all slices of the series.")
         raise CTError(f"{folder}: slices too close, at {here}. Keep one acquisition per folder.")
     if usual == 0:
-        raise CTError(f"{folder}: all slices lie at {along[0]:g} mm. Keep one acquisition per folder.")
+        raise CTError(f"{folder}: all slices lie at {along[0]:.1f} mm. Keep one acquisition per folder.")
     shift = np.linalg.norm(np.diff(positions[order], axis=0) - np.outer(steps, normal), axis=1).max()
     if shift > 0.02 * usual:
         raise CTError(

@@ -203,7 +203,7 @@ def test_two_series_are_listed_and_one_can_be_chosen(tmp_path):
 def test_a_missing_slice_is_named_by_its_position(tmp_path):
     write_series(toy_scan(), tmp_path / "d")
     sorted((tmp_path / "d").iterdir())[3].unlink()
-    with pytest.raises(CTError, match=r"d: a slice is missing between -295 and -290 mm"):
+    with pytest.raises(CTError, match=r"d: a slice is missing between -295.0 and -290.0 mm"):
         read_ct(tmp_path / "d")
 
 
@@ -220,7 +220,7 @@ def test_doubled_slices_tilted_gantry_and_damaged_slices_are_refused(tmp_path):
     write_series(toy_scan(), tmp_path / "double")
     first = sorted((tmp_path / "double").iterdir())[0]
     shutil.copy(first, first.with_name("again.dcm"))
-    with pytest.raises(CTError, match="slices too close, at -300 and -300 mm"):
+    with pytest.raises(CTError, match="slices too close, at -300.0 and -300.0 mm"):
         read_ct(tmp_path / "double")
     write_series(toy_scan(), tmp_path / "cut")
     last = sorted((tmp_path / "cut").iterdir())[-1]

@@ -205,6 +205,7 @@ padding:.1rem .5rem;opacity:.75;cursor:pointer}
 .ct-viewer i{width:.8rem;height:.8rem;border-radius:2px}
 .ct-viewer output{font-variant-numeric:tabular-nums}
 .ct-viewer :focus-visible{outline:2px solid #E69F00;outline-offset:2px}
+html[data-theme=dark] .text_html:has(.ct-viewer){background:none!important;color:inherit!important}
 </style>"""
 
 # The script finds its figure by a name made from the content, not by chance: the same notebook gives the same
@@ -409,9 +410,9 @@ def frame_viewer(figures, labels, *, alt, name="Step", start=0) -> SliceViewer:
     pictures = []
     for figure in figures:
         stream = io.BytesIO()
-        figure.savefig(stream, format="png", dpi=100)
+        figure.savefig(stream, format="png", dpi=90)
         plt.close(figure)
-        pictures.append(_data_uri(Image.open(stream).convert("RGB"), "WEBP", quality=75, method=6))
+        pictures.append(_data_uri(Image.open(stream).convert("RGB"), "WEBP", quality=60, method=6))
     payload = json.dumps({"pictures": pictures, "labels": list(labels), "start": start}).replace("</", "<\\/")
     key = "frames-" + hashlib.sha256(payload.encode()).hexdigest()[:12]
     markup = (

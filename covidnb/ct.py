@@ -106,7 +106,7 @@ def write_like(result: np.ndarray | sitk.Image, image: sitk.Image, path: str | P
     """Write a mask or volume that lies on `image`'s grid.
 
     For an image from `read_ct` it is written in the grid that the scan's own file had. The file appears
-    complete or not at all. Booleans and whole numbers from 0 to 255 become uint8, everything else float32.
+    complete or not at all. Booleans and integers from 0 to 255 become uint8, everything else float32.
 
     Parameters
     ----------
@@ -128,7 +128,7 @@ def write_like(result: np.ndarray | sitk.Image, image: sitk.Image, path: str | P
     _suffix(path, WRITABLE)
     if isinstance(result, sitk.Image):
         _check_same_grid(result, image, "the result to write")
-        result = sitk.GetArrayViewFromImage(result)
+        result = sitk.GetArrayFromImage(result)  # a view would not keep a temporary image alive
     if result.shape != image.GetSize()[::-1]:
         raise CTError(
             f"{path}: the array is {result.shape} (z, y, x), the scan is {image.GetSize()[::-1]}. "
@@ -165,8 +165,8 @@ def write_series(
     ------
     CTError
         The folder exists, or the HU do not fit.
-    RuntimeError
-        A slice cannot be written, for example because the disk is full.
+    OSError
+        A slice cannot be written, for example because the disk is full. Nothing is left behind.
     """
     folder = Path(folder)
     values = sitk.GetArrayViewFromImage(image)
@@ -207,7 +207,10 @@ def write_series(
             for tag, value in (tags | own).items():
                 piece.SetMetaData(tag, value)
             writer.SetFileName(str(complete / f"slice_{k:03d}.dcm"))
-            writer.Execute(piece)
+            try:
+                writer.Execute(piece)
+            except RuntimeError as fault:
+                raise OSError(f"{folder}: could not be written: is the disk full?") from fault
         complete.rename(folder)
     return folder
 
@@ -353,13 +356,15 @@ def _sorted_by_position(files: tuple[str, ...], folder: Path) -> list[str]:
     along = positions[order] @ normal  # mm
     steps = np.diff(along)
     usual = float(np.median(steps))
+    if usual == 0:
+        raise CTError(
+            f"{folder}: most slices lie in the same place as another. Keep one acquisition per folder."
+        )
     for i in np.flatnonzero(np.abs(steps - usual) > 0.1 * usual):
         here = f"{along[i]:.1f} and {along[i + 1]:.1f} mm on the slice axis, where the step is {usual:.3g} mm"
         if steps[i] > usual:
             raise CTError(f"{folder}: a slice is missing between {here}. Export all slices of the series.")
         raise CTError(f"{folder}: slices too close, at {here}. Keep one acquisition per folder.")
-    if usual == 0:
-        raise CTError(f"{folder}: all slices lie at {along[0]:.1f} mm. Keep one acquisition per folder.")
     shift = np.linalg.norm(np.diff(positions[order], axis=0) - np.outer(steps, normal), axis=1).max()
     if shift > 0.02 * usual:
         raise CTError(

@@ -222,6 +222,10 @@ def test_doubled_slices_tilted_gantry_and_damaged_slices_are_refused(tmp_path):
     shutil.copy(first, first.with_name("again.dcm"))
     with pytest.raises(CTError, match="slices too close, at -300.0 and -300.0 mm"):
         read_ct(tmp_path / "double")
+    for path in sorted((tmp_path / "double").iterdir()):
+        shutil.copy(path, path.with_name(f"copy_{path.name}"))
+    with pytest.raises(CTError, match="most slices lie in the same place"):
+        read_ct(tmp_path / "double")
     write_series(toy_scan(), tmp_path / "cut")
     last = sorted((tmp_path / "cut").iterdir())[-1]
     data = last.read_bytes()
@@ -381,7 +385,7 @@ def test_a_full_disk_leaves_no_half_a_series(tmp_path, monkeypatch):
         raise RuntimeError("No space left on device")
 
     monkeypatch.setattr(sitk.ImageFileWriter, "Execute", full)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(OSError, match="series: could not be written"):
         write_series(toy_scan(), tmp_path / "series")
     assert not list(tmp_path.iterdir())
 

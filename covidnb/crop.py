@@ -1,0 +1,160 @@
+"""Cut both lungs out of a scan at the size GASNet works on, and carry masks back where they came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import SimpleITK as sitk
+from scipy import ndimage
+
+from covidnb.ct import WINDOWS, CTError, _check_same_grid
+
+SIZE = (40, 160, 160)  # depth, height, width in voxels: GASNet's
+CLIP = WINDOWS["lung"]  # HU: GASNet's
+SMALLEST = 0.001  # components of the lung mask below this share of the scan's voxels do not count: GASNet's
+
+
+@dataclass(frozen=True)
+class LungCrop:
+    """The box around both lungs in one scan, resized to a fixed number of voxels (Xu et al. 2020).
+
+    Faces are aligned, not centres: the crop's first voxel begins where the box's first voxel begins, and the
+    last ends where the last ends. Voxel i of `size` lies at (i + 1/2) * box / size - 1/2 voxels of the box.
+    So nothing shifts and nothing shrinks, a box of the crop's own size is copied as it is, and the crop is an
+    image with spacing, origin and direction that viewers lay over the scan.
+
+    All fields are tuples of numbers in ITK's order (x, y, z), except `size`: `dataclasses.asdict` gives what
+    JSON can keep, and `LungCrop(**kept)` what it was.
+
+    Attributes
+    ----------
+    start, box : first voxel and number of voxels of the box in the scan.
+    size : (depth, height, width) of the crop.
+    scan_size, spacing, origin, direction : the scan's own grid; mm.
+    """
+
+    start: tuple[int, int, int]
+    box: tuple[int, int, int]
+    size: tuple[int, int, int]
+    scan_size: tuple[int, int, int]
+    spacing: tuple[float, float, float]
+    origin: tuple[float, float, float]
+    direction: tuple[float, ...]
+
+    @classmethod
+    def of(cls, lungs: sitk.Image, size: tuple[int, int, int] = SIZE) -> LungCrop:
+        """The crop around all components of a lung mask that hold a thousandth of the scan's voxels or more.
+
+        Raises
+        ------
+        CTError
+            The mask holds no such component.
+        """
+        labels, _ = ndimage.label(sitk.GetArrayViewFromImage(lungs))
+        voxels = np.bincount(labels.ravel())
+        voxels[0] = 0
+        counts = voxels >= SMALLEST * labels.size
+        if not counts.any():
+            raise CTError(
+                f"this lung mask has no part of {SMALLEST:.1%} of the scan: its largest has {voxels.max()} "
+                f"of {labels.size} voxels. Give the mask of both lungs, for example from segment_lungs."
+            )
+        z, y, x = ndimage.find_objects(counts[labels].astype(np.uint8))[0]
+        return cls(
+            start=tuple(int(s.start) for s in (x, y, z)),
+            box=tuple(int(s.stop - s.start) for s in (x, y, z)),
+            size=tuple(int(n) for n in size),
+            scan_size=lungs.GetSize(),
+            spacing=lungs.GetSpacing(),
+            origin=lungs.GetOrigin(),
+            direction=lungs.GetDirection(),
+        )
+
+    @property
+    def slices(self) -> tuple[slice, slice, slice]:
+        """The box as slices of the scan's array (z, y, x)."""
+        return tuple(slice(s, s + n) for s, n in zip(self.start[::-1], self.box[::-1], strict=True))
+
+    def apply(self, image: sitk.Image) -> sitk.Image:
+        """Cut the box out of an image on the scan's grid and resize it.
+
+        A uint8 image is a mask: nearest voxel, uint8. Anything else is CT: linear, then clipped to
+        [-1250, 250] HU, float32.
+
+        Raises
+        ------
+        CTError
+            The image does not lie on the grid that the crop was made for.
+        """
+        _check_same_grid(image, self._scan_grid(), "the image to crop")
+        if image.GetPixelID() == sitk.sitkUInt8:
+            return _resample(image, self._crop_grid(), sitk.sitkNearestNeighbor)
+        image = sitk.Cast(image, sitk.sitkFloat32)
+        return sitk.Clamp(_resample(image, self._crop_grid(), sitk.sitkLinear), sitk.sitkFloat32, *CLIP)
+
+    def invert(self, mask: np.ndarray | sitk.Image) -> sitk.Image:
+        """Carry a mask on the crop back onto the scan: nearest voxel inside the box, zeros outside.
+
+        Parameters
+        ----------
+        mask
+            Array of `size` (depth, height, width) or image on the crop's grid; whole numbers, 0 to 255.
+
+        Returns
+        -------
+        SimpleITK.Image
+            uint8 on the scan's grid.
+
+        Raises
+        ------
+        CTError
+            Another size or grid, or values that are no labels, such as probabilities.
+        """
+        crop = self._crop_grid()
+        if isinstance(mask, sitk.Image):
+            _check_same_grid(mask, crop, "the mask to carry back (compared with the crop)")
+            mask = sitk.GetArrayFromImage(mask)
+        if mask.shape != tuple(self.size):
+            raise CTError(
+                f"the mask to carry back is {mask.shape} (depth, height, width), the crop is "
+                f"{tuple(self.size)}. Give one volume, without batch and channel."
+            )
+        labels = mask.astype(np.uint8)
+        if not np.array_equal(labels, mask):
+            raise CTError(
+                f"the mask to carry back runs from {mask.min():g} to {mask.max():g}, and these are no labels "
+                "(whole numbers from 0 to 255). Threshold probabilities first, for example at 0.5."
+            )
+        labels = sitk.GetImageFromArray(labels)
+        labels.CopyInformation(crop)
+        inside = _resample(labels, self._box_grid(), sitk.sitkNearestNeighbor)
+        whole = self._scan_grid()
+        return sitk.Paste(whole, inside, inside.GetSize(), destinationIndex=self.start)
+
+    def _scan_grid(self) -> sitk.Image:
+        return _grid(self.scan_size, self.spacing, self.origin, self.direction)
+
+    def _box_grid(self) -> sitk.Image:
+        origin = self._scan_grid().TransformIndexToPhysicalPoint(self.start)
+        return _grid(self.box, self.spacing, origin, self.direction)
+
+    def _crop_grid(self) -> sitk.Image:
+        size = np.array(self.size[::-1])
+        step = np.array(self.box) / size  # one voxel of the crop, in voxels of the scan
+        first = np.array(self.start) + (step - 1) / 2
+        origin = self._scan_grid().TransformContinuousIndexToPhysicalPoint(first.tolist())
+        return _grid(size.tolist(), (np.array(self.spacing) * step).tolist(), origin, self.direction)
+
+
+def _grid(size, spacing, origin, direction) -> sitk.Image:
+    """An image of zeros, uint8, with that geometry."""
+    grid = sitk.Image(size, sitk.sitkUInt8)
+    grid.SetSpacing(spacing)
+    grid.SetOrigin(origin)
+    grid.SetDirection(direction)
+    return grid
+
+
+def _resample(image: sitk.Image, grid: sitk.Image, interpolator: int) -> sitk.Image:
+    return sitk.Resample(image, grid, sitk.Transform(), interpolator)

@@ -450,7 +450,8 @@ def _draw_phantom(root: Path) -> None:
 
     rng = np.random.default_rng(PHANTOM["seed"])
     parts = [part for part, patients in PHANTOM["patients"].items() for _ in range(patients)]
-    for number, part in enumerate(tqdm(parts, desc="drawing the phantom's slices (once)", leave=False), 1):
+    bar = tqdm(parts, desc="drawing the phantom's slices (once)", disable=None)  # only in a terminal
+    for number, part in enumerate(bar, 1):
         seed, style = int(rng.integers(2**31)), str(rng.choice(list(phantom.STYLES)))
         patient = phantom.chest(seed, shape=PHANTOM["shape"], style=style)
         for z, image, classes in _axial_slices(patient, PHANTOM["slices"][part], part == "pseudo"):

@@ -225,7 +225,7 @@ def window(hu: np.ndarray | sitk.Image, low: float, high: float) -> np.ndarray:
     if not low < high:
         raise ValueError(f"window: low must be below high, not {low:g} and {high:g} HU")
     if isinstance(hu, sitk.Image):
-        hu = sitk.GetArrayViewFromImage(hu)
+        hu = sitk.GetArrayFromImage(hu)
     return np.clip((np.asarray(hu, np.float32) - low) / (high - low), 0.0, 1.0, dtype=np.float32)
 
 

@@ -48,23 +48,35 @@ class Bottle2neck(nn.Module):
         return self.relu(out + self.downsample(x))
 
 
-class Res2Net50(nn.Module):
-    """Res2Net-50 v1b, 26w 4s: Inf-Net's default backbone, without the classifier.
+class Bottleneck(nn.Module):
+    """ResNet bottleneck: 1x1 down, 3x3, 1x1 up, added to the shortcut (He et al., CVPR 2016, Fig. 5)."""
 
-    The stem is three 3x3 convolutions; shortcuts that change the size average-pool before their 1x1
-    convolution (reference: Fan et al., TMI 2020, and the authors' released code).
-    """
+    def __init__(self, inputs: int, planes: int, stride: int = 1, shortcut: nn.Module | None = None):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, planes, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv3 = nn.Conv2d(planes, planes * 4, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(planes * 4)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = shortcut if shortcut is not None else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))))
+        return self.relu(self.bn3(self.conv3(out)) + self.downsample(x))
+
+
+class ResNet50(nn.Module):
+    """ResNet-50 without the classifier (He et al., CVPR 2016)."""
 
     channels = (256, 512, 1024, 2048)
     strides = (4, 8, 16, 32)
+    block = Bottleneck
 
     def __init__(self):
         super().__init__()
-        stem = []
-        for inputs, outputs, stride in ((3, 32, 2), (32, 32, 1)):
-            stem += [nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)]
-            stem += [nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
-        self.conv1 = nn.Sequential(*stem, nn.Conv2d(32, 64, 3, padding=1, bias=False))
+        self.conv1 = self._stem()
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
@@ -77,14 +89,16 @@ class Res2Net50(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     @staticmethod
-    def _stage(inputs: int, planes: int, blocks: int, stride: int) -> nn.Sequential:
-        shortcut = nn.Sequential(
-            nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False),
-            nn.Conv2d(inputs, planes * 4, 1, bias=False),
-            nn.BatchNorm2d(planes * 4),
-        )
-        first = Bottle2neck(inputs, planes, stride, shortcut)
-        return nn.Sequential(first, *(Bottle2neck(planes * 4, planes) for _ in range(blocks - 1)))
+    def _stem() -> nn.Module:
+        return nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
+
+    @staticmethod
+    def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+        return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def _stage(self, inputs: int, planes: int, blocks: int, stride: int) -> nn.Sequential:
+        first = self.block(inputs, planes, stride, self._shortcut(inputs, planes * 4, stride))
+        return nn.Sequential(first, *(self.block(planes * 4, planes) for _ in range(blocks - 1)))
 
     def forward(self, x: Tensor) -> list[Tensor]:
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
@@ -92,6 +106,64 @@ class Res2Net50(nn.Module):
         f2 = self.layer2(f1)
         f3 = self.layer3(f2)
         return [f1, f2, f3, self.layer4(f3)]
+
+
+class Res2Net50(ResNet50):
+    """Res2Net-50 v1b, 26w 4s: Inf-Net's default backbone, without the classifier.
+
+    ResNet-50 with three changes: the blocks (see `Bottle2neck`), a stem of three 3x3 convolutions, shortcuts
+    that average-pool before their 1x1 convolution (Gao et al., TPAMI 2021, and the released code of Inf-Net).
+    """
+
+    block = Bottle2neck
+
+    @staticmethod
+    def _stem() -> nn.Module:
+        layers = []
+        for inputs, outputs, stride in ((3, 32, 2), (32, 32, 1)):
+            layers += [nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)]
+            layers += [nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+        return nn.Sequential(*layers, nn.Conv2d(32, 64, 3, padding=1, bias=False))
+
+    @staticmethod
+    def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+        return nn.Sequential(
+            nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False),
+            nn.Conv2d(inputs, outputs, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+
+
+class VGG16(nn.Module):
+    """VGG-16 (Simonyan & Zisserman, ICLR 2015) as Inf-Net uses it: no batch norm, average pools.
+
+    f1 to f4 are the ends of stages 2 to 5, so every map sits an octave higher than the ResNets'.
+    """
+
+    channels = (128, 256, 512, 512)
+    strides = (2, 4, 8, 16)
+
+    def __init__(self):
+        super().__init__()
+        self.stages = nn.ModuleList()
+        inputs = 3
+        for outputs, convs in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+            layers: list[nn.Module] = [] if inputs == 3 else [nn.AvgPool2d(2, stride=2)]
+            for _ in range(convs):
+                layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(inplace=True)]
+                inputs = outputs
+            self.stages.append(nn.Sequential(*layers))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        features = []
+        for stage in self.stages:
+            x = stage(x)
+            features.append(x)
+        return features[1:]
 
 
 def _conv_same(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
@@ -195,9 +267,28 @@ def _without_classifier(name: str) -> str | None:
     return None if name.startswith("fc.") else name
 
 
+def vgg_place(stage: int, conv: int) -> str:
+    """Name of our VGG-16 layer for convolution `conv` of stage `stage`, both counted from 1."""
+    pool = 0 if stage == 1 else 1
+    return f"stages.{stage - 1}.{pool + 2 * (conv - 1)}"
+
+
+def _vgg_name(name: str) -> str | None:
+    """Translate an entry of the published VGG-16 state dict (features.N.weight) to ours."""
+    top, number, *entry = name.split(".")
+    if top != "features":
+        return None
+    # the published list counts convolutions, ReLUs and pools in one row
+    firsts = (0, 5, 10, 17, 24)
+    stage = max(s for s, first in enumerate(firsts, 1) if first <= int(number))
+    return f"{vgg_place(stage, (int(number) - firsts[stage - 1]) // 2 + 1)}.{entry[0]}"
+
+
 # class, name of its ImageNet weights in data/catalog.yaml, translation of their entries
 BACKBONES = {
     "res2net50": (Res2Net50, "res2net50", _without_classifier),
+    "resnet50": (ResNet50, "resnet50", _without_classifier),
+    "vgg16": (VGG16, "vgg16", _vgg_name),
     "efficientnet_lite0": (EfficientNetLite0, "efficientnet_lite0", _lite_name),
 }
 

@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from covidnb.nets.backbones import vgg_place
 from covidnb.nets.infnet import InfNet
 
 
@@ -10,6 +11,8 @@ def _infnet_entry(name: str) -> str | None:
     top, _, rest = name.partition(".")
     if top == "resnet":
         return None if rest.startswith("fc.") else f"backbone.{rest}"
+    if top == "vgg":
+        return _vgg_entry(rest)
     if top in ("rfb2_1", "rfb3_1", "rfb4_1"):
         part, _, entry = rest.partition(".")
         part = {"conv_cat": "concat", "conv_res": "shortcut"}.get(part, part.replace("branch", "branches."))
@@ -29,6 +32,14 @@ def _infnet_entry(name: str) -> str | None:
     return name
 
 
+def _vgg_entry(name: str) -> str | None:
+    """Translate an entry below the authors' `vgg.`; None for their second, unused copy of stages 4 and 5."""
+    _, layer, entry = name.split(".")
+    # conv2.conv2_1 is stage 2, convolution 1; conv4_1.conv4_3_1 is stage 4, convolution 3, first copy
+    stage, conv, *copy = (int(n) for n in layer.removeprefix("conv").split("_"))
+    return None if copy == [2] else f"backbone.{vgg_place(stage, conv)}.{entry}"
+
+
 def load_official(net: nn.Module, state_dict: dict[str, Tensor]) -> list[str]:
     """Load a state dict with the authors' names into one of our networks, strictly.
 
@@ -42,7 +53,8 @@ def load_official(net: nn.Module, state_dict: dict[str, Tensor]) -> list[str]:
     Returns
     -------
     list of str
-        Entries dropped because the network's forward never uses them (the ImageNet classifier).
+        Entries dropped because the forward never uses them: the ImageNet classifier, VGG-16's second
+        tail.
 
     Raises
     ------

@@ -22,6 +22,8 @@ __all__ = ["ANATOMY", "CONSOLIDATION", "GGO", "STYLES", "Phantom", "Style", "che
 
 FIELD_OF_VIEW = (318.0, 380.0, 380.0)  # mm, (z, y, x): what `shape` divides when no spacing is given
 
+SERIES = 12  # of the possible series of patients, one whose number 2020 makes a good running case
+
 
 class Phantom(NamedTuple):
     """One patient on one grid (LPS): `ct` in HU (float32) and, as uint8, `lungs` 0/1, `lesions` 0, 1 = GGO,
@@ -62,9 +64,7 @@ def chest(
     if style not in STYLES:
         raise ValueError(f"style={style!r}: there is {', '.join(repr(s) for s in STYLES)}")
     _check_severity(severity)
-    # a stream each, so that the patient does not depend on the disease, nor the noise on either
-    rngs = [np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(4)]
-    patient_rng, lung_rng, disease_rng, noise_rng = rngs
+    patient_rng, lung_rng, disease_rng, noise_rng = _streams(seed)
     patient = Patient.draw(patient_rng)
     body = Body(patient, patient.grid(shape, spacing))
     hu, labels = body.paint()
@@ -121,7 +121,7 @@ def implant_lesions(
         raise ValueError("lungs: the mask is empty; segment the lungs first (covidnb.lungs.segment_lungs)")
     hu = sitk.GetArrayFromImage(ct).astype(np.float32)
     spacing = ct.GetSpacing()[::-1]
-    rng = np.random.default_rng(np.random.SeedSequence(seed).spawn(4)[2])
+    rng = _streams(seed)[2]
     growth = grow(inside, spacing, rng, Disease.draw(rng, severity, crazy_paving))
     box = ndimage.find_objects((growth.part > 0).astype(np.uint8))
     if box:
@@ -147,11 +147,18 @@ def _added(hu, inside, box, growth: Growth, spacing):
     plane = np.linalg.lstsq(np.c_[air, np.ones(len(air))], hu[tuple(air.T)], rcond=None)[0]
     z, y, x = np.ogrid[box]
     airspace = (plane[0] * z + plane[1] * y + plane[2] * x + plane[3]).astype(np.float32)
-    blur = [0.0, 0.8 / spacing[1], 0.8 / spacing[2]]
+    blur = [0.0, *(max(0.8 / s, 0.8) for s in spacing[1:])]  # voxels: noise goes, vessels stay
     smooth = ndimage.gaussian_filter(hu[box], blur)
     solid = np.clip((smooth - airspace) / (VESSEL_HU - airspace), 0, 1)
     filled = growth.hu + solid * (VESSEL_HU - growth.hu)
     return ndimage.gaussian_filter(growth.part * np.maximum(filled - smooth, 0), blur)
+
+
+def _streams(seed: int) -> list[np.random.Generator]:
+    """A generator each for patient, lungs, disease and noise: none depends on another."""
+    if not isinstance(seed, int | np.integer) or seed < 0:
+        raise ValueError(f"seed={seed!r}: give a whole number, 0 or more")
+    return [np.random.default_rng(s) for s in np.random.SeedSequence((int(seed), SERIES)).spawn(4)]
 
 
 def _grid_arguments(shape, spacing):

@@ -89,16 +89,16 @@ class Patient:
             muscle=float(rng.uniform(7, 12) if woman else rng.uniform(10, 17)),
             breast=float(rng.uniform(5, 20)) if woman else 0.0,
             heart=normal(1, 0.06, 0.86, 1.18),
-            lift=float(rng.uniform(-14, 14)),
+            lift=float(rng.uniform(-20, 20)),
             recess=float(rng.uniform(0.85, 1.15)),
             blurred=float(rng.uniform(1, 9)),
             turn=float(rng.normal(0, 0.03)),
             sway=tuple(float(v) for v in (*rng.uniform(0.8, 2.2, 4), *rng.uniform(0, 2 * np.pi, 4))),
             rib_step=normal(24, 0.8, 22, 26),
             rib_phase=float(rng.uniform(0, 1)),
-            aeration=normal(-855, 28, -905, -785),
+            aeration=normal(-880, 32, -930, -790),
             gravity=float(rng.uniform(20, 80)),
-            haze=float(rng.gamma(2.0, 35.0)),
+            haze=float(rng.gamma(2.0, 45.0)),
         )
 
     def grid(self, shape, spacing) -> Grid:
@@ -163,8 +163,8 @@ class Body:
         k = p.heart
         base = np.array([0.45 * p.lift, 0, 0])
         chambers = [
-            ((-29, -25, 45), (29, 31, 37), 0.55),  # left ventricle
-            ((-29, -46, 18), (29, 24, 38), 0.25),  # right ventricle
+            ((-27, -25, 47), (31, 33, 40), 0.55),  # left ventricle
+            ((-27, -46, 19), (31, 25, 40), 0.25),  # right ventricle
             ((-16, -22, -16), (34, 26, 22), 0.0),  # right atrium
             ((3, 5, 9), (19, 19, 31), 0.0),  # left atrium
         ]
@@ -282,7 +282,7 @@ class Body:
         p, g = self.patient, self.grid
         out = np.clip(1 + self.cage / (74 * p.width), 0, 1)  # 0 at the middle of a side, 1 at the wall
         drop = (44 + 62 * np.clip(self.around / 2.2, 0, 1) ** 1.5) * p.recess
-        top = np.where(g.x < 0, -30, -46) * p.height + p.lift - 16 * np.exp(-((g.x / 30) ** 2))
+        top = np.where(g.x < 0, -31, -38) * p.height + p.lift - 16 * np.exp(-((g.x / 30) ** 2))
         self.dome = top - drop * out**1.9
         steep = np.sqrt(1 + (drop * 1.9 * out**0.9 / 74) ** 2)
         self.above = (self.dome - g.z) / steep

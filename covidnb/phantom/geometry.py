@@ -75,7 +75,7 @@ def smooth_max(a, b, k: float):
 
 
 def ellipsoid(at, centre, axes, tilt: float = 0.0):
-    """Approximate signed distance to an ellipsoid: centre, half axes (z, y, x), tilt from y to x in radians."""
+    """Approximate signed distance to an ellipsoid: centre, half axes (z, y, x), tilt from y to x, radians."""
     z, y, x = at
     z, y, x = z - float(centre[0]), y - float(centre[1]), x - float(centre[2])
     if tilt:

@@ -45,15 +45,16 @@ class Disease:
     @classmethod
     def draw(cls, rng: np.random.Generator, severity: float | None, crazy_paving: bool | None) -> Disease:
         """A disease at random; severity and crazy paving may be given."""
-        drawn = float(np.clip(rng.lognormal(np.log(0.07), 0.8), 0.006, 0.4))
-        severity = drawn if severity is None else severity
-        paved = rng.random() < 0.25 if crazy_paving is None else crazy_paving
+        drawn_severity = float(np.clip(rng.lognormal(np.log(0.055), 0.9), 0.005, 0.4))
+        drawn_paving, septa = rng.random() < 0.25, float(rng.uniform(100, 180))
+        severity = drawn_severity if severity is None else severity
+        paved = drawn_paving if crazy_paving is None else crazy_paving
         return cls(
             severity=severity,
-            size=10 + 42 * np.sqrt(severity) * rng.uniform(0.6, 1.3),
-            ggo=float(np.clip(rng.normal(-640, 45), -720, -540)),
-            solid=float(rng.beta(1.3, 1.5)),
-            paving=float(rng.uniform(100, 180)) if paved else 0.0,
+            size=(9 + 55 * np.sqrt(severity)) * rng.uniform(0.7, 1.3),
+            ggo=float(np.clip(rng.normal(-660, 45), -740, -560)),
+            solid=float(rng.beta(1.2, 1.2)),
+            paving=septa if paved else 0.0,
         )
 
 
@@ -98,17 +99,17 @@ class _Field:
             np.exp(-np.square((self.depth[self.inside] - 6) / 5))
             * np.clip(np.hypot(y, x) - 0.12, 0, None) ** 1.5
         )
-        weight = (costal + 0.004) * np.exp(2.6 * y - 2.4 * place[0])
+        weight = (costal + 0.004) * np.exp(3.0 * y - 3.0 * place[0])
         return weight / weight.sum()
 
-    def add(self, centre: np.ndarray, disease: Disease, rng: np.random.Generator) -> float:
-        """Grow one lesion around a voxel; returns the number of voxels by which the disease has grown."""
-        along = disease.size * rng.lognormal(0, 0.5)
+    def add(self, centre, largest: float, disease: Disease, rng: np.random.Generator) -> float:
+        """Grow one lesion of at most about `largest` mm3 around a voxel; returns the voxels it adds."""
+        along = min(disease.size * rng.lognormal(0, 0.5), 0.8 * largest ** (1 / 3))
         through = along * rng.uniform(0.35, 0.9)
         stretch = rng.uniform(0.7, 1.5)  # along the body's axis
         soft = rng.uniform(0.2, 0.6)
-        level = disease.ggo + rng.normal(0, 50)
-        core = rng.uniform(0.3, 1.0) if rng.random() < disease.solid else 0.0
+        level = disease.ggo + rng.normal(0, 60)
+        core = rng.uniform(0.4, 1.1) if rng.random() < disease.solid else 0.0
         towards = rng.normal(0, 0.35, 3)
         reach = 1.6 * along * max(1, stretch)
         where = centre * self.spacing
@@ -130,7 +131,7 @@ class _Field:
         rough = self.rough[at] + self.jitter[lobule]
         q = raw[near] + rough
         mine = np.clip((1 - q) / soft, 0, 1)
-        hu = level + 130 * np.clip(1 - q, 0, 1) + 50 * self.texture[at]
+        hu = level + 130 * np.clip(1 - q, 0, 1) + 60 * self.texture[at]
         if disease.paving:
             gap, _ = self.mesh.query(points, k=2)
             hu += disease.paving * fill(gap[:, 1] - gap[:, 0] - 1.0, 1.5)
@@ -140,15 +141,15 @@ class _Field:
         if core:
             offset = points - (where + towards * along)
             q = np.sqrt(np.square(offset / (1, 1, 1)).sum(axis=1)) / (core * along) + 1.4 * rough
-            self.solid[at] = np.maximum(self.solid[at], np.clip((1 - q) / 0.3, 0, 1) * (mine > 0.5))
+            self.solid[at] = np.maximum(self.solid[at], np.clip((1 - q) / 0.7, 0, 1) * (mine > 0.5))
         return float((np.maximum(old, mine) >= 0.5).sum() - (old >= 0.5).sum())
 
     def clear_specks(self):
-        """Take away what would be labelled in pieces under 0.1 ml: no reader would have drawn them."""
+        """Take away what would be labelled in pieces under 0.2 ml: no reader would have drawn them."""
         pieces, count = ndimage.label(self.part >= 0.5, np.ones((3, 3, 3)))
         size = np.bincount(pieces.ravel(), minlength=count + 1) * float(self.spacing.prod())
         size[0] = np.inf
-        self.part[(size < 100)[pieces]] = 0
+        self.part[(size < 200)[pieces]] = 0
 
 
 def grow(lungs: np.ndarray, spacing, rng: np.random.Generator, disease: Disease) -> Growth:
@@ -161,14 +162,14 @@ def grow(lungs: np.ndarray, spacing, rng: np.random.Generator, disease: Disease)
     box = ndimage.find_objects((whole > 0).astype(np.uint8))[0]
     field = _Field(np.ascontiguousarray(whole[box]), np.asarray(spacing, np.float32), rng)
     chance = np.cumsum(field.likelihood())
-    grown = 0.0
+    left = disease.severity * len(field.voxels)
     for _ in range(400):
-        if grown >= disease.severity * len(field.voxels):
+        if left <= 0:
             break
         start = min(int(np.searchsorted(chance, rng.random())), len(chance) - 1)
-        grown += field.add(field.voxels[start], disease, rng)
+        left -= field.add(field.voxels[start], max(left * float(field.spacing.prod()), 800), disease, rng)
     field.clear_specks()
-    consolidated = rng.normal(-45, 25) + 35 * field.texture
+    consolidated = rng.normal(-50, 30) + 60 * field.texture
     hu = field.hu + field.solid * (consolidated - field.hu)
     labels = np.where(field.part >= 0.5, np.where(field.solid >= 0.5, CONSOLIDATION, GGO), 0).astype(np.uint8)
     out = Growth(*(np.zeros(whole.shape, a.dtype) for a in (labels, field.part, hu)))

@@ -11,7 +11,7 @@ from covidnb.phantom.body import AIRWAY, ANATOMY, Body
 from covidnb.phantom.geometry import fill, smooth_noise
 
 VESSEL_HU = 40.0
-TIP = 0.5  # radius of the thinnest vessels, mm
+TIP = 0.55  # radius of the thinnest vessels, mm
 
 
 class Interior(NamedTuple):

@@ -399,7 +399,7 @@ def _read_slice(path: Path) -> np.ndarray:
 def score_folders(pred_dir: Path | str, truth_dir: Path | str) -> dict:
     """`slice_scores` of two folders of pictures (.png, .jpg) paired by stem.
 
-    Adds "slices" (their number), "dice_at_0.5" (`dice_at` 0.5, nothing stretched) and each slice's "name". Raises
+    Adds "slices" (their number), "dice_at_0.5" (`dice_at`, nothing stretched) and each slice's "name". Raises
     ValueError naming the file that has no partner, another size or cannot be read.
     """
     preds, truths = _pictures(Path(pred_dir)), _pictures(Path(truth_dir))

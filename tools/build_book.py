@@ -13,9 +13,6 @@ import sys
 import time
 from pathlib import Path
 
-# one thread for each of the pages that are executed at the same time; before anything starts a kernel
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
 import yaml
 from check_site import check
 from jupyter_cache import get_cache
@@ -25,6 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / "_build" / "notebook_cache"
 KEY = ROOT / "_build" / "notebook_cache.key"
 HTML = ROOT / "_build" / "html"
+# for the kernels: a thread for each page that is executed at the same time, and the pages' own figures
+KERNELS = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "book")}
 # what the pages import or read, besides their own text
 SOURCES = ("covidnb/**/*.py", "book/figures/*.py", "data/*.yaml", "data/splits/*.json", "requirements.txt")
 
@@ -56,7 +55,7 @@ def drop_stale_cache() -> None:
 
 
 def execute(pages: list[Path]) -> None:
-    """Execute the pages that are not in the cache, as many at a time as there are cores."""
+    """Execute the pages that are not in the cache, one on each core, each in a temporary folder."""
     cache = get_cache(CACHE)
     for page in pages:
         if page.suffix == ".ipynb":
@@ -64,9 +63,10 @@ def execute(pages: list[Path]) -> None:
         elif page.read_text().startswith("---\nfile_format: mystnb"):
             cache.add_nb_to_project(str(page), read_data={"name": "myst_nb_md", "type": "plugin"})
     started = time.monotonic()
+    os.environ.update(KERNELS)
     logger = logging.getLogger("pages")
     logger.setLevel(logging.INFO)
-    result = load_executor("local-parallel", cache, logger=logger).run_and_cache(timeout=600)
+    result = load_executor("temp-parallel", cache, logger=logger).run_and_cache(timeout=1800)
     for uri in [*result.excepted, *result.errored]:
         print(f"{uri} failed:\n{cache.get_project_record(uri).traceback or ''}", file=sys.stderr)
     if result.excepted or result.errored:

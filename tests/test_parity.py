@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from covidnb.losses import infnet_loss
-from covidnb.nets import InfNet, load_official
+from covidnb.nets import InfNet, MultiClassUNet, load_official
 from covidnb.nets.checkpoints import _infnet_entry
 
 pytestmark = pytest.mark.parity
@@ -139,6 +139,18 @@ def test_infnet_gradient_norms(described, weights, numbers):
     noise = relative(single, exact)
     assert noise < 1e-2
     assert relative(exact, theirs) < 1e-4 + 2 * noise
+
+
+def test_multiclass_unet_outputs_and_parameter_count():
+    described = json.loads((FIXTURES / "multiclass_unet.json").read_text())
+    net = MultiClassUNet()
+    assert load_official(net, official_weights(described, "multiclass_unet")) == []
+    assert (
+        sum(p.numel() for p in net.parameters()) == described["multiclass_unet"]["parameters"] == 17_269_251
+    )
+    x = torch.from_numpy(normal("x6", (1, 6, 128, 128)).astype(np.float32))
+    with torch.no_grad(), np.load(FIXTURES / "multiclass_unet.npz") as theirs:
+        assert relative(net.eval()(x), theirs["multiclass_unet.out0"]) < 1e-4
 
 
 def test_load_official_names_the_faults(weights):

@@ -2,5 +2,6 @@
 
 from covidnb.nets.checkpoints import load_official
 from covidnb.nets.infnet import InfNet, InfNetOutput
+from covidnb.nets.unet import MultiClassUNet, UNet, UNetPlusPlus
 
-__all__ = ["InfNet", "InfNetOutput", "load_official"]
+__all__ = ["InfNet", "InfNetOutput", "MultiClassUNet", "UNet", "UNetPlusPlus", "load_official"]

@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from covidnb.nets.backbones import vgg_place
 from covidnb.nets.infnet import InfNet
+from covidnb.nets.unet import MultiClassUNet
 
 
 def _infnet_entry(name: str) -> str | None:
@@ -40,12 +41,24 @@ def _vgg_entry(name: str) -> str | None:
     return None if copy == [2] else f"backbone.{vgg_place(stage, conv)}.{entry}"
 
 
+def _unet_entry(name: str) -> str:
+    """Translate an entry of the authors' multi-class U-Net state dict to ours."""
+    top, _, rest = name.partition(".")
+    rest = rest.replace("maxpool_conv.1.", "").replace("double_conv.", "").removeprefix("conv.")
+    if top in ("inc", "outc"):
+        return f"{ {'outc': 'head'}.get(top, top) }.{rest}"
+    return f"{top[:-1]}.{int(top[-1]) - 1}.{rest}"  # down1 is our down.0
+
+
+TRANSLATIONS = {InfNet: _infnet_entry, MultiClassUNet: _unet_entry}
+
+
 def load_official(net: nn.Module, state_dict: dict[str, Tensor]) -> list[str]:
     """Load a state dict with the authors' names into one of our networks, strictly.
 
     Parameters
     ----------
-    net : InfNet
+    net : InfNet or MultiClassUNet
         The network to fill, built with the backbone that the weights are for.
     state_dict : dict of str to Tensor
         The authors' entries.
@@ -63,11 +76,13 @@ def load_official(net: nn.Module, state_dict: dict[str, Tensor]) -> list[str]:
     ValueError
         Naming every entry that is missing, unknown or of another shape.
     """
-    if not isinstance(net, InfNet):
-        raise TypeError(f"the authors published no weights for {type(net).__name__}: pass an InfNet")
+    if type(net) not in TRANSLATIONS:
+        known = " or ".join(kind.__name__ for kind in TRANSLATIONS)
+        raise TypeError(f"the authors published no weights for {type(net).__name__}: pass an {known}")
+    translate = TRANSLATIONS[type(net)]
     translated, names, dropped = {}, {}, []
     for name, value in state_dict.items():
-        ours = _infnet_entry(name)
+        ours = translate(name)
         if ours is None:
             dropped.append(name)
         else:

@@ -67,7 +67,7 @@ def _by_threshold(image: sitk.Image) -> sitk.Image:
     part, hu = lungs[near], hu[near]
     part = add_ground_glass(part, hu, spacing)
     part |= pleural_gaps(part, hu, spacing)
-    lungs[near] = fill_enclosed(close_gaps(part, spacing))
+    lungs[near] = fill_enclosed(close_gaps(part, spacing), spacing)
     return on_grid_of(lungs, work, image)
 
 
@@ -272,9 +272,14 @@ def pleural_gaps(lungs: np.ndarray, hu: np.ndarray, spacing) -> np.ndarray:
     return (distance > start[:, sector]) & (distance <= wall[:, sector]) & ~lungs & (hu < BONE)
 
 
-def fill_enclosed(lungs: np.ndarray) -> np.ndarray:
-    """Fill holes that the lungs enclose from all sides. The ends of the scan count as open."""
+def fill_enclosed(lungs: np.ndarray, spacing) -> np.ndarray:
+    """Fill holes: those that the lungs enclose from all sides, and in a slice those of up to 6 cm2.
+
+    Larger holes in a slice are the domes of the diaphragm. The ends of the scan count as open.
+    """
     around = np.pad(~lungs, ((0, 0), (1, 1), (1, 1)), constant_values=True)
+    areas, number = ndimage.label(around, _IN_SLICE)
+    around &= (_sizes(areas, number) * spacing[1] * spacing[2] > 600)[areas]
     parts, number = ndimage.label(around)
     is_open = np.zeros(number + 1, bool)
     is_open[np.unique(parts[[0, -1]])] = True

@@ -209,9 +209,8 @@ def _curves(soft: np.ndarray, truth: np.ndarray) -> dict[str, np.ndarray]:
     hits = np.cumsum(np.bincount(bins[truth.ravel()], minlength=256))
     lesion, size = int(truth.sum()), truth.size
     found = hits > 0
-    with np.errstate(
-        invalid="ignore"
-    ):  # 0 / 0: no lesion (then nothing is found), or no background (NaN stays)
+    # 0 / 0 where there is no lesion (then nothing is found either), or no background (then NaN stays)
+    with np.errstate(invalid="ignore"):
         specificity = (size - lesion - predicted + hits) / (np.float64(size) - lesion)
         sensitivity = hits / np.float64(lesion)
     return {

@@ -430,16 +430,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    scores["per_slice"] = [_null_nan(entry) for entry in scores["per_slice"]]
-    print(json.dumps(_null_nan(scores), indent=1))
+    print(json.dumps(null_nan(scores), indent=1))
     return 0
 
 
-def _null_nan(scores: dict) -> dict:
-    return {
-        name: None if isinstance(value, float) and math.isnan(value) else value
-        for name, value in scores.items()
-    }
+def null_nan(scores: dict) -> dict:
+    """Scores with None for NaN, in "per_slice" too: JSON has no NaN."""
+
+    def cleaned(value):
+        if isinstance(value, list):
+            return [null_nan(entry) for entry in value]
+        return None if isinstance(value, float) and math.isnan(value) else value
+
+    return {name: cleaned(value) for name, value in scores.items()}
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from covidnb.files import whole
 from covidnb.losses import InfNetLoss, infnet_loss
-from covidnb.metrics import dice_at, slice_scores
+from covidnb.metrics import dice_at, null_nan, slice_scores
 from covidnb.nets import InfNet
 from covidnb.nets.infnet import resize
 from covidnb.slices import InfectionSlices, SliceFiles, fold, list_slices, read_mask, semiseg_root
@@ -241,7 +241,7 @@ def train(config: InfNetConfig, out: str | Path) -> Run:
         run.write_json(
             "metrics.json",
             {
-                "scores": scores,
+                "scores": null_nan(scores),
                 "slices": {"trained": len(files), "evaluated": len(held_out)},
                 "seconds": sum(row["seconds"] for row in history),
                 "versions": versions(),

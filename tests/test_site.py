@@ -97,6 +97,12 @@ def test_cache_is_dropped_when_a_source_changes(tmp_path, monkeypatch):
     build_book.drop_stale_cache()
     assert not kept.exists()
 
+    kept.parent.mkdir(exist_ok=True)
+    kept.touch()
+    monkeypatch.setattr(build_book, "real_data", lambda: ["a data set that has arrived"])
+    build_book.drop_stale_cache()
+    assert not kept.exists()
+
 
 PAGE = """<html><head><script src="a.js"></script></head><body><article class="bd-article">
 <h1 id="top">A page</h1><p>{words}</p><a href="#top">up</a> <a href="https://example.org">elsewhere</a>

@@ -18,6 +18,8 @@ from check_site import check
 from jupyter_cache import get_cache
 from jupyter_cache.executors import load_executor
 
+from covidnb import catalog
+
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / "_build" / "notebook_cache"
 KEY = ROOT / "_build" / "notebook_cache.key"
@@ -25,7 +27,7 @@ HTML = ROOT / "_build" / "html"
 # for the kernels: a thread for each page that is executed at the same time, and the pages' own figures
 KERNELS = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "book")}
 # what the pages import or read, besides their own text
-SOURCES = ("covidnb/**/*.py", "book/figures/*.py", "data/*.yaml", "data/splits/*.json", "requirements.txt")
+SOURCES = ("covidnb/**/*.py", "book/figures/*.py", "data/*.yaml", "data/splits/*", "data/reference/*")
 
 
 def toc_pages(toc: dict) -> list[Path]:
@@ -42,9 +44,15 @@ def toc_pages(toc: dict) -> list[Path]:
     return pages
 
 
+def real_data() -> list[str]:
+    """Which data sets are at hand, and where: pages use them when they are."""
+    found = {name: catalog.find(name) for name in catalog.entries()}
+    return [f"{name}: {path}" for name, path in found.items() if path]
+
+
 def drop_stale_cache() -> None:
-    """Empty the cache of executed pages unless it was filled with the present sources and Python."""
-    digest = hashlib.sha256(sys.version.encode())
+    """Empty the cache of executed pages unless it was filled with the present sources, data and Python."""
+    digest = hashlib.sha256(f"{sys.version} {real_data()}".encode())
     for path in sorted(p for pattern in SOURCES for p in ROOT.glob(pattern)):
         digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
     key = digest.hexdigest()

@@ -393,6 +393,38 @@ def reliability_diagram(ax, curve):
     ax.legend()
 
 
+def compare_histograms(summaries):
+    """Draw the HU and the lesion sizes of sets of scans over one another.
+
+    Parameters
+    ----------
+    summaries : dict from a set's name to what `covidnb.phantom.summary.summarise` gives for it; three at most
+
+    Returns
+    -------
+    figure with four axes: lung, ground glass and consolidation in HU, and lesion volumes in ml
+    """
+    tissues = {"lung": "Lung without lesion", "GGO": "Ground glass", "consolidation": "Consolidation"}
+    figure, axes = plt.subplots(2, 2, figsize=(8, 5))
+    for (name, summary), key in zip(summaries.items(), ("truth", "error", "lungs"), strict=False):
+        style = {"color": COLOURS[key], "lw": 1.6}
+        for ax, tissue in zip(axes.flat, tissues, strict=False):
+            if summary["hu_density"][tissue]:
+                ax.stairs(
+                    2500 * np.array(summary["hu_density"][tissue]), summary["hu_edges"], label=name, **style
+                )
+                ax.axvline(summary["hu_quartiles"][tissue][1], ls=":", color=COLOURS[key])
+        counts = np.array(summary["lesion_counts"])
+        axes[1, 1].stairs(100 * counts / max(counts.sum(), 1), summary["lesion_ml_edges"], **style)
+    for ax, title in zip(axes.flat, tissues.values(), strict=False):
+        ax.set(title=title, xlabel="HU (dotted: median)", ylabel="% of voxels in 25 HU")
+    axes[1, 1].set(
+        title="Size of the lesions", xscale="log", xlabel="ml", ylabel="% of lesions", xlim=(0.08, 2000)
+    )
+    axes[0, 0].legend()
+    return figure
+
+
 # ------------------------------------------------------------------------------------------ frame viewer
 
 

@@ -1,4 +1,4 @@
-"""The digital chest: the same seed gives the same voxels, masks are exact, and it measures what a chest measures."""
+"""The digital chest: the same seed gives the same voxels, masks are exact, and it measures like a chest."""
 
 import numpy as np
 import pytest
@@ -96,7 +96,7 @@ def test_tissues_have_their_hu(case):
 
 
 def test_left_and_right_front_and_back_up_and_down(case):
-    """In an LPS array the last axis runs to the patient's left, the middle one to the back, the first to the head."""
+    """In an LPS array the last axis runs to the patient's left, the middle one back, the first up."""
     anatomy = array(case.anatomy)
     centre = {n: np.argwhere(anatomy == v).mean(axis=0) for n, v in ANATOMY.items()}
     middle = (centre["spine"] + centre["sternum and clavicles"])[2] / 2
@@ -171,7 +171,7 @@ def test_styles_have_their_noise(style):
         sitk.GetArrayFromImage(sitk.BinaryErode(p.anatomy == ANATOMY["heart"], (3, 3, 1))) > 0
     ]
     assert 0.7 * STYLES[style].noise < heart.std() < 1.3 * STYLES[style].noise
-    assert abs(heart.mean() - 42 - STYLES[style].offset) < 6
+    assert abs(heart.mean() - 42 - STYLES[style].offset) < 4 + 0.15 * STYLES[style].noise
 
 
 def test_thresholding_is_not_enough(case):
@@ -297,21 +297,23 @@ def test_trees_reach_every_point_and_taper(seed, n):
 # ---- numbers about sets of scans
 
 
-def test_summary_of_the_same_scans_agrees(small):
-    a = summarise([(small.ct, small.lungs, small.lesions)])
+def test_summary_of_the_same_scans_agrees(case):
+    a = summarise([case[:3]])
     for tissue in TISSUES:
         assert hu_distance(a, a, tissue) == 0
         assert np.isclose(np.sum(a["hu_density"][tissue]) * 25, 1, atol=1e-3)
     assert size_distance(a, a) == 0
-    shifted = summarise([(small.ct + 50, small.lungs, small.lesions)])
+    shifted = summarise([(case.ct + 50, case.lungs, case.lesions)])
     assert abs(hu_distance(a, shifted, "GGO") - 50) < 8
-    assert abs(a["shares"]["infected"][0] - 0.15) < 0.03
+    infected = (array(case.lesions) > 0).sum() / array(case.lungs).sum()
+    assert abs(a["shares"]["infected"][0] - infected) < 1e-3
 
 
 def test_summary_without_lesions():
     p = chest(1, kind="healthy", shape=(16, 48, 48))
-    s = summarise([(p.ct, p.lungs, p.lesions)])
+    s = summarise([p[:3]])
     assert s["shares"]["infected"] == [0] and s["lesion_ml_quartiles"] == [] and s["hu_density"]["GGO"] == []
+    assert np.isnan(hu_distance(s, s, "GGO"))
 
 
 @pytest.mark.slow

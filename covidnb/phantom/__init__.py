@@ -22,7 +22,7 @@ __all__ = ["ANATOMY", "CONSOLIDATION", "GGO", "STYLES", "Phantom", "Style", "che
 
 FIELD_OF_VIEW = (318.0, 380.0, 380.0)  # mm, (z, y, x): what `shape` divides when no spacing is given
 
-SERIES = 12  # of the possible series of patients, one whose number 2020 makes a good running case
+SERIES = 158  # of the possible series of patients, one whose number 2020 makes a good running case
 
 
 class Phantom(NamedTuple):

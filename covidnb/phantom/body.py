@@ -89,7 +89,7 @@ class Patient:
             muscle=float(rng.uniform(7, 12) if woman else rng.uniform(10, 17)),
             breast=float(rng.uniform(5, 20)) if woman else 0.0,
             heart=normal(1, 0.06, 0.86, 1.18),
-            lift=float(rng.uniform(-20, 20)),
+            lift=float(rng.uniform(-26, 12)),
             recess=float(rng.uniform(0.85, 1.15)),
             blurred=float(rng.uniform(1, 9)),
             turn=float(rng.normal(0, 0.03)),

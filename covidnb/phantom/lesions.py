@@ -52,7 +52,7 @@ class Disease:
         return cls(
             severity=severity,
             size=(9 + 55 * np.sqrt(severity)) * rng.uniform(0.7, 1.3),
-            ggo=float(np.clip(rng.normal(-660, 45), -740, -560)),
+            ggo=float(np.clip(rng.normal(-640, 45), -720, -540)),
             solid=float(rng.beta(1.2, 1.2)),
             paving=septa if paved else 0.0,
         )
@@ -99,12 +99,12 @@ class _Field:
             np.exp(-np.square((self.depth[self.inside] - 6) / 5))
             * np.clip(np.hypot(y, x) - 0.12, 0, None) ** 1.5
         )
-        weight = (costal + 0.004) * np.exp(3.0 * y - 3.0 * place[0])
+        weight = (costal + 0.008) * np.exp(3.0 * y - 3.0 * place[0])
         return weight / weight.sum()
 
     def add(self, centre, largest: float, disease: Disease, rng: np.random.Generator) -> float:
         """Grow one lesion of at most about `largest` mm3 around a voxel; returns the voxels it adds."""
-        along = min(disease.size * rng.lognormal(0, 0.5), 0.8 * largest ** (1 / 3))
+        along = min(disease.size * rng.lognormal(0, 0.65), 0.8 * largest ** (1 / 3))
         through = along * rng.uniform(0.35, 0.9)
         stretch = rng.uniform(0.7, 1.5)  # along the body's axis
         soft = rng.uniform(0.2, 0.6)
@@ -145,11 +145,11 @@ class _Field:
         return float((np.maximum(old, mine) >= 0.5).sum() - (old >= 0.5).sum())
 
     def clear_specks(self):
-        """Take away what would be labelled in pieces under 0.2 ml: no reader would have drawn them."""
+        """Take away what would be labelled in pieces under 0.15 ml: no reader would have drawn them."""
         pieces, count = ndimage.label(self.part >= 0.5, np.ones((3, 3, 3)))
         size = np.bincount(pieces.ravel(), minlength=count + 1) * float(self.spacing.prod())
         size[0] = np.inf
-        self.part[(size < 200)[pieces]] = 0
+        self.part[(size < 150)[pieces]] = 0
 
 
 def grow(lungs: np.ndarray, spacing, rng: np.random.Generator, disease: Disease) -> Growth:

@@ -78,7 +78,9 @@ def summarise(scans: Iterable[tuple[sitk.Image, sitk.Image, sitk.Image]]) -> dic
 
 
 def hu_distance(a: dict, b: dict, tissue: str) -> float:
-    """Wasserstein distance in HU between two summaries' histograms of a tissue."""
+    """Wasserstein distance in HU between two summaries' histograms of a tissue; NaN where one has none."""
+    if not (a["hu_density"][tissue] and b["hu_density"][tissue]):
+        return float("nan")
     centres = (np.array(a["hu_edges"])[:-1] + np.array(a["hu_edges"])[1:]) / 2
     return float(wasserstein_distance(centres, centres, a["hu_density"][tissue], b["hu_density"][tissue]))
 

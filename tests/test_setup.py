@@ -161,6 +161,7 @@ def test_set_up_survives_being_killed(small_project):
     stamp = small_project / ".venv" / ".complete"
     command = [sys.executable, "tools/set_up.py"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHON"}
+    environment["TMPDIR"] = str(small_project.parent)  # where a killed pip leaves its downloads
 
     def set_up_again():
         return subprocess.run(

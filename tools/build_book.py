@@ -27,7 +27,8 @@ HTML = ROOT / "_build" / "html"
 # for the kernels: a thread for each page that is executed at the same time, and the pages' own figures
 KERNELS = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "book")}
 # what the pages import or read, besides their own text
-SOURCES = ("covidnb/**/*.py", "book/figures/*.py", "data/*.yaml", "data/splits/*", "data/reference/*")
+SOURCES = ("covidnb/**/*.py", "book/figures/*.py", "requirements.txt")
+SOURCES += ("data/*.yaml", "data/splits/*", "data/reference/*")
 
 
 def toc_pages(toc: dict) -> list[Path]:

@@ -206,7 +206,7 @@ def small_phantom(tmp_path, monkeypatch):
     monkeypatch.setenv("COVIDNB_CACHE", str(tmp_path / "cache"))
     patients = {"doctor": 2, "test": 1, "pseudo": 1}
     monkeypatch.setattr(
-        "covidnb.slices.PHANTOM",
+        "covidnb.slices.phantom.PHANTOM",
         {
             "seed": 1,
             "shape": (16, 96, 96),
@@ -244,18 +244,18 @@ def test_phantom_has_the_layout(small_phantom):
 
 
 def test_phantom_is_drawn_once_and_again_when_its_parameters_change(small_phantom, monkeypatch):
-    from covidnb import slices
+    from covidnb.slices import phantom as phantom_slices
 
-    monkeypatch.setitem(slices.PHANTOM, "patients", {"doctor": 1})
+    monkeypatch.setitem(phantom_slices.PHANTOM, "patients", {"doctor": 1})
     root = semiseg_root("phantom")
     before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
     with monkeypatch.context() as patch:
-        patch.setattr(slices, "_draw_phantom", lambda root: pytest.fail("drawn twice"))
+        patch.setattr(phantom_slices, "_draw_phantom", lambda root: pytest.fail("drawn twice"))
         assert semiseg_root("phantom") == root
     shutil.rmtree(root)
     assert semiseg_root("phantom") == root
     assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
-    monkeypatch.setitem(slices.PHANTOM, "seed", 2)
+    monkeypatch.setitem(phantom_slices.PHANTOM, "seed", 2)
     assert semiseg_root("phantom") != root
 
 
@@ -263,7 +263,7 @@ def test_interrupted_phantom_leaves_nothing(small_phantom, monkeypatch):
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("covidnb.slices._write_slice", full)
+    monkeypatch.setattr("covidnb.slices.phantom._write_slice", full)
     with pytest.raises(CatalogError, match="no space left for the phantom's slices"):
         semiseg_root("phantom")
     assert list(small_phantom.iterdir()) == []

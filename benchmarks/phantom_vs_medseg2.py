@@ -24,6 +24,9 @@ from covidnb.phantom import STYLES, chest
 from covidnb.phantom.summary import TISSUES, hu_distance, size_distance, summarise
 
 REFERENCE = Path(covidnb.__file__).parents[1] / "data" / "reference" / "medseg2_summary.json"
+SOURCE = (
+    "MedSeg, COVID-19 CT segmentation dataset no. 2, five volumes as packaged with GASNet: statistics only"
+)
 THRESHOLDS = np.arange(-800, -249, 25)  # HU
 
 
@@ -118,7 +121,8 @@ def main():
     if args.write:
         REFERENCE.parent.mkdir(parents=True, exist_ok=True)
         temporary = REFERENCE.with_suffix(".part")
-        temporary.write_text(json.dumps({"medseg2": real, "phantom": ours}, indent=1) + "\n")
+        both = {"medseg2": {"source": SOURCE, **real}, "phantom": ours}
+        temporary.write_text(json.dumps(both, indent=1) + "\n")
         os.replace(temporary, REFERENCE)
     if args.figure:
         from covidnb import view

@@ -16,6 +16,7 @@ from covidnb.phantom import lungs as _lungs
 from covidnb.phantom.body import ANATOMY, Body, Patient
 from covidnb.phantom.lesions import CONSOLIDATION, GGO, Disease, Growth, grow
 from covidnb.phantom.lungs import VESSEL_HU
+from covidnb.phantom.paint import Painter
 from covidnb.phantom.scanner import STYLES, Style, scan
 
 __all__ = ["ANATOMY", "CONSOLIDATION", "GGO", "STYLES", "Phantom", "Style", "chest", "implant_lesions"]
@@ -67,7 +68,7 @@ def chest(
     patient_rng, lung_rng, disease_rng, noise_rng = _streams(seed)
     patient = Patient.draw(patient_rng)
     body = Body(patient, patient.grid(shape, spacing))
-    hu, labels = body.paint()
+    art = Painter(body)
     inside = _lungs.interior(body, lung_rng)
     mask = body.lungs < 0
     if not mask.any():
@@ -81,9 +82,9 @@ def chest(
             mask * body.lobes, spacing, disease_rng, Disease.draw(disease_rng, severity, crazy_paving)
         )
         airspace, lesions = growth.fill(airspace), growth.labels
-    mask = _lungs.aerate(body, hu, labels, inside, _lungs.tissue(inside, airspace))
-    ct = scan(hu, spacing, STYLES[style], noise_rng)
-    arrays = (ct, mask.astype(np.uint8), lesions * mask, labels)
+    mask = _lungs.aerate(body, art.hu, art.labels, inside, _lungs.tissue(inside, airspace))
+    ct = scan(art.hu, spacing, STYLES[style], noise_rng)
+    arrays = (ct, mask.astype(np.uint8), lesions * mask, art.labels)
     return Phantom(*(_image(a, body.grid) for a in arrays))
 
 
@@ -107,10 +108,15 @@ def implant_lesions(
     ValueError where the grids differ, the lungs are empty, or the image is not LPS.
     """
     _check_severity(severity)
-    if ct.GetDimension() != 3 or ct.GetSize() != lungs.GetSize():
-        raise ValueError(
-            f"lungs: size {lungs.GetSize()}, but the ct has {ct.GetSize()}; give the mask on the ct's grid"
-        )
+    for what, of in (
+        ("size", sitk.Image.GetSize),
+        ("spacing", sitk.Image.GetSpacing),
+        ("origin", sitk.Image.GetOrigin),
+    ):
+        if len(of(ct)) != 3 or not np.allclose(of(ct), of(lungs), atol=1e-3):
+            raise ValueError(
+                f"lungs: {what} {of(lungs)}, but the ct has {of(ct)}; give the mask on the ct's grid"
+            )
     orientation = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(ct.GetDirection())
     if orientation != "LPS":
         raise ValueError(

@@ -10,16 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from covidnb.phantom.geometry import (
-    Grid,
-    capsule,
-    ellipsoid,
-    fill,
-    profile,
-    smooth_max,
-    smooth_min,
-    superellipse,
-)
+from covidnb.phantom.geometry import Grid, capsule, ellipsoid, profile, smooth_max, smooth_min, superellipse
 
 # Numbers of the label map
 ANATOMY = {
@@ -47,6 +38,15 @@ ANATOMY = {
 }
 
 AIRWAY = ("trachea", "right bronchus", "left bronchus", "right upper bronchus", "left upper bronchus")
+PULMONARY_VEINS = ("left lower vein", "right lower vein", "right upper vein", "left upper vein")
+
+# Curves along the body's axis before the patient's scales: heights, then y
+CAGE_LEVELS = (-165, -130, -85, -40, 0, 25, 55, 80, 95, 110, 125, 132)
+CAGE_FRONT = (-84, -86, -88, -89, -87, -84, -76, -63, -45, -24, -2, 10)
+CAGE_BACK = (68, 74, 82, 89, 94, 95, 91, 80, 68, 54, 40, 32)
+CAGE_HALF_WIDTH = (124, 126, 127, 124, 119, 116, 109, 101, 90, 74, 48, 24)
+SPINE_LEVELS = (-165, -130, -100, -70, -40, -10, 20, 50, 72, 95, 110, 132)
+SPINE_FRONT = (4, 14, 26, 38, 47, 54, 55, 49, 38, 21, 8, -10)
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,10 @@ class Patient:
             haze=float(rng.gamma(2.0, 45.0)),
         )
 
+    def lean(self, z):
+        """How far the chest at a height z (before scaling) is shifted to the back, mm."""
+        return -self.stoop * np.clip((z - 20) / 110, 0, 1)
+
     def grid(self, shape, spacing) -> Grid:
         """The grid of a scan that starts 20 mm above the apices."""
         return Grid(shape, spacing, top=150 * self.height, turn=self.turn, sway=self.sway)
@@ -109,7 +113,7 @@ class Patient:
 class Body:
     """One patient on a grid: fields of cage, skin, mediastinum and lungs, in mm, negative inside.
 
-    `paint()` returns the scan without noise (HU) and the label map; the lungs are left to `aerate`.
+    `paint.Painter` turns them into HU and labels.
     """
 
     def __init__(self, patient: Patient, grid: Grid):
@@ -120,28 +124,13 @@ class Body:
         self._mediastinum()
         self._lungs()
 
-    # ---- the fields
-
     def _cage(self):
         p, g = self.patient, self.grid
         z = g.z / p.height
-        lean = -p.stoop * np.clip((z - 20) / 110, 0, 1)
-        levels = [-165, -130, -85, -40, 0, 25, 55, 80, 95, 110, 125, 132]
-        half = profile(levels, [124, 126, 127, 124, 119, 116, 109, 101, 90, 74, 48, 24], z) * p.width
-        front = (
-            profile(levels, [-84, -86, -88, -89, -87, -84, -76, -63, -45, -24, -2, 10], z) * p.depth + lean
-        )
-        back = profile(levels, [68, 74, 82, 89, 94, 95, 91, 80, 68, 54, 40, 32], z) * p.depth + lean
-        self.spine_front = (
-            profile(
-                [-165, -130, -100, -70, -40, -10, 20, 50, 72, 95, 110, 132],
-                [4, 14, 26, 38, 47, 54, 55, 49, 38, 21, 8, -10],
-                z,
-            )
-            * p.depth
-            + lean
-        )
-        self.front, self.back, self.half_width = front, back, half
+        half = profile(CAGE_LEVELS, CAGE_HALF_WIDTH, z) * p.width
+        front, back = (profile(CAGE_LEVELS, c, z) * p.depth + p.lean(z) for c in (CAGE_FRONT, CAGE_BACK))
+        self.front = front
+        self.spine_front = profile(SPINE_LEVELS, SPINE_FRONT, z) * p.depth + p.lean(z)
         centre, half_depth = (front + back) / 2, (back - front) / 2
         y = g.y - centre
         self.ahead = y / half_depth  # -1 at the sternum, 1 at the back
@@ -152,11 +141,6 @@ class Body:
         slope = np.gradient(cage, g.spacing[0], axis=0)  # steep towards the apex
         self.cage = cage - np.clip(cage, -20, 20) * (1 - 1 / np.sqrt(1 + slope * slope))
         self.around = np.arctan2(np.abs(g.x), -y)  # 0 at the sternum, pi at the spine
-
-    def spine_at(self, z: float) -> float:
-        """y of the front of the vertebrae at a height z, both before the patient's scales."""
-        line = np.interp(z * self.patient.height, self.grid.axes[0], self.spine_front[:, 0, 0])
-        return float(line) / self.patient.depth
 
     def _heart(self):
         p, g = self.patient, self.grid
@@ -177,7 +161,11 @@ class Body:
 
     def _courses(self):
         """Courses of the great vessels, airways and oesophagus: name -> (points, radii)."""
-        s = self.spine_at
+        p = self.patient
+
+        def s(z):  # the front of the vertebrae at a height
+            return float(profile(SPINE_LEVELS, SPINE_FRONT, z)) + p.lean(z) / p.depth
+
         carina = (28, s(28) - 30, 0)
         return {
             "aorta": (
@@ -247,7 +235,7 @@ class Body:
     def _tubes(self):
         """Signed distance of each course, in its own box: name -> (box, distance)."""
         p, g = self.patient, self.grid
-        self.tubes, self.ends = {}, {}
+        self.tubes, self.ends = {}, {}  # `ends`: where each course ends
         for name, (points, radii) in self._courses().items():
             points = np.array(points, float) * (p.height, p.depth, p.width)
             margin = max(radii) + 16
@@ -260,14 +248,14 @@ class Body:
                 )
                 distance[local] = np.minimum(distance[local], capsule(g.at(part), a, b, ra, rb))
             self.tubes[name] = (box, distance)
-            self.ends[name] = (points[-1], radii[-1])
+            self.ends[name] = points[-1]
 
     def _mediastinum(self):
         """All that the lungs wrap around: heart, vessels, airways, spine, the sheet of fat in the midline."""
         p, g = self.patient, self.grid
         hull = self.heart - 3
         for name, (box, distance) in self.tubes.items():
-            if "vein" not in name or "brachio" in name:
+            if name not in PULMONARY_VEINS:
                 hull[box] = smooth_min(hull[box], distance - 1.5, 9)
         x = np.abs(g.x - 1)
         middle = np.clip((self.ahead + 0.75) / 0.6, 0, 1) * np.clip((g.z / p.height + 10) / 60, 0, 1)
@@ -286,9 +274,7 @@ class Body:
         self.dome = top - drop * out**1.9
         steep = np.sqrt(1 + (drop * 1.9 * out**0.9 / 74) ** 2)
         self.above = (self.dome - g.z) / steep
-        self.dome_width = np.sqrt(
-            g.voxel**2 + (g.spacing[0] / steep) ** 2
-        )  # a voxel's extent across the dome
+        self.dome_width = np.sqrt(g.voxel**2 + (g.spacing[0] / steep) ** 2)  # a voxel across the dome
         sides = smooth_max(self.cage + 1, -self.hull, 7)
         self.lungs = smooth_max(sides, self.above, 5)
         self.sides = sides
@@ -298,201 +284,3 @@ class Body:
         horizontal = np.where(right & (oblique > 0), g.z / p.height - 14 + 4 * np.sin(g.y / 25), 99)
         self.fissure = np.minimum(np.abs(oblique), np.abs(horizontal))
         self.lobes = (1 + (oblique > 0) + (horizontal < 0) + 3 * ~right).astype(np.uint8)
-
-    # ---- painting
-
-    def paint(self):
-        """The noise-free scan in HU with airless lungs, and the label map."""
-        self.hu = np.full(self.grid.shape, -1000, np.float32)
-        self.labels = np.zeros(self.grid.shape, np.uint8)
-        self._paint_wall()
-        self._paint_abdomen()
-        self._paint_mediastinum()
-        self._paint_ribs()
-        self._paint_spine()
-        self._paint_front()
-        self._paint_scapulae()
-        return self.hu, self.labels
-
-    def _blend(self, name, distance, hu, box=..., width=None):
-        """Blend HU in where the distance is negative; name None leaves the labels as they are."""
-        part = fill(distance, self.grid.voxel if width is None else width)
-        old = self.hu[box]
-        old += part * (hu - old)
-        if name is not None:
-            self.labels[box][part > 0.5] = ANATOMY[name]
-
-    def _paint_wall(self):
-        """Skin, fat, muscle, breasts, table."""
-        p, g = self.patient, self.grid
-        z = g.z / p.height
-        levels = [-165, -60, -20, 30, 80, 110, 150]
-        half = profile(levels, [126, 130, 130, 130, 136, 143, 152], z) * p.width + p.fat + p.muscle + 12
-        front = (
-            profile(levels, [-100, -103, -102, -97, -84, -70, -58], z) * p.depth
-            - 0.8 * p.fat
-            - 0.3 * p.muscle
-        )
-        back = profile(levels, [102, 112, 118, 116, 104, 92, 74], z) * p.depth + 0.6 * p.fat + 0.5 * p.muscle
-        lean = -p.stoop * np.clip((z - 20) / 110, 0, 1)
-        centre, depth = (front + back) / 2 + lean, (back - front) / 2
-        skin = superellipse(g.x, g.y - centre, half, depth, 2.4)
-        if p.breast:
-            middle = (0, float(front[g.shape[0] // 2, 0, 0]) + 14, 78 * p.width)
-            size = (52, 16 + 1.1 * p.breast, 54)
-            mirrored = (g.z, g.y, np.abs(g.x))
-            breast = ellipsoid(mirrored, middle, size)
-            skin = smooth_min(skin, breast, 30)
-        self.skin = skin
-        lateral = np.sin(np.minimum(self.around, np.pi / 2)) ** 2
-        fat = p.fat * (0.6 + 0.5 * lateral)
-        muscle = smooth_min(smooth_max(skin + 2 + fat, self.cage - 58, 12), self.cage - 11, 8)
-        self._blend("skin", skin, 35)
-        self._blend("fat", skin + 2.2, -104)
-        if p.breast:
-            strands = np.sin(g.x / 4.1 + g.z / 9) * np.sin(g.y / 3.7 + 1) * 6
-            gland = ellipsoid(mirrored, (middle[0], middle[1] - 4, middle[2]), [0.62 * s for s in size])
-            self._blend(None, np.maximum(gland + strands, skin + 8), 5, width=6)
-        self._blend("muscle", muscle, 52)
-        # sheets of fat between the muscles, and the fat of the armpits
-        sheet = np.sin(2.1 * self.around + g.z / 47) * np.sin(g.z / 31 + self.around * 3)
-        plane = np.maximum(np.abs(self.cage - 17 - 5 * sheet) - 1.6 * (0.4 + sheet), muscle + 2)
-        self._blend(None, plane, -70, width=3)
-        for side in (-1, 1):
-            pit = np.array((72 * p.height, -8, side * (112 * p.width + 22)))
-            box = g.box(pit - 50, pit + 50)
-            self._blend("fat", ellipsoid(g.at(box), pit, (46, 30, 13)), -95, box)
-        flat_y, flat_x = g.axes[1][:, None], g.axes[2]  # the table does not sway with the patient
-        bed = float((back + lean).max()) + 6 - 9 * (1 - (flat_x / 190) ** 2)
-        for depth, thick, hu in ((3, 1.3, -250), (30, 1.1, -400)):
-            curve = bed + depth * (1 - 0.45 * (flat_x / 190) ** 2)
-            self._blend("table", np.maximum(np.abs(flat_y - curve) - thick, 3 - skin), hu)
-
-    def _paint_abdomen(self):
-        """The fat inside the cage, and the organs under the diaphragm."""
-        p, g = self.patient, self.grid
-        self._blend("mediastinal fat", self.cage + 1, -100)
-        top = int(np.searchsorted(g.axes[0], float(self.dome.max()) + 8))
-        if top == 0:
-            return
-        box = (slice(0, top), slice(None), slice(None))
-        z, y, x = g.at(box)
-        width = self.dome_width[box]
-        under = smooth_max(self.cage[box] + 3, 3 - self.above[box], 6)
-        under = smooth_max(under, 9 - self.column[box], 12)  # fat around spine and aorta
-        edge = 32 + 0.3 * y + 14 * np.sin(z / 30)  # the liver's left border
-        self._blend("liver", smooth_max(under + 1.5, x - edge, 16), 58, box, width)
-        low = p.lift - 14
-        stomach = ellipsoid((z, y, x), (low - 90, -30, 58 * p.width), (56, 52, 48))
-        stomach = smooth_max(under + 2, smooth_max(stomach, edge + 3 - x, 6), 6)
-        self._blend("stomach", stomach, 38, box, width)
-        gas = smooth_max(stomach + 4, y + 40, 5)
-        self._blend(None, gas, -960, box, width)
-        spleen = ellipsoid((z, y, x), (low - 76, 46, 86 * p.width), (44, 38, 32), -0.5)
-        spleen = smooth_max(under + 2, smooth_max(spleen, 3 - stomach, 5), 5)
-        self._blend("spleen", spleen, 50, box, width)
-        sheet = np.maximum(np.abs(self.above[box] - 1.5) - 1.5, self.cage[box] + 1)
-        self._blend(None, sheet, 48, box, width)
-
-    def _paint_mediastinum(self):
-        """Heart with its fat, great vessels, oesophagus."""
-        self._blend(None, self.heart - 3, -95)
-        self._blend("heart", self.heart, 42)
-        for name, (box, distance) in self.tubes.items():
-            if name not in AIRWAY:
-                label = name if name in ANATOMY else "great vessels"
-                self._blend(label, distance, 34 if name == "oesophagus" else 41, box)
-
-    def _paint_ribs(self):
-        """All ribs from one periodic field: from the spine down and forward to their cartilage."""
-        p, g = self.patient, self.grid
-        shell = self.cage - 5.5
-        where = np.nonzero(np.abs(shell) < 6 + g.voxel)
-        around, shell = self.around[where], shell[where]
-        z = np.broadcast_to(g.z, g.shape)[where]
-        way = 1 - around / np.pi  # 0 at the spine, 1 at the sternum
-        fall = profile([-130, 40, 90, 130], [112, 105, 78, 38], z / p.height) * p.height
-        gone = np.clip(way / 0.84, 0, 1)
-        swing = 0.4 * gone + 0.3 - 0.3 * np.cos(np.pi * gone)
-        rise = 70 * np.maximum(way - 0.8, 0) * np.clip(1 - z / 80, 0, 1)
-        height = z + fall * (swing - rise / 100)
-        count = height / p.rib_step + p.rib_phase
-        across = (count - np.round(count)) * p.rib_step * (0.9 - 0.2 * np.sin(np.pi * gone))
-        distance = (np.sqrt((shell / 4.1) ** 2 + (across / 5.8) ** 2) - 1) * 4.1
-        distance[(height > 145 * p.height) | (way < 0.04)] = 9
-        soft = np.clip((way - 0.78) / 0.05, 0, 1)
-        hu = np.where(distance > -1.6, 520, 190) * (1 - soft) + 90 * soft
-        part = fill(distance, 0.5 * (g.voxel + g.spacing[0]))
-        self.hu[where] += part * (hu - self.hu[where])
-        self.labels[where] = np.where(part > 0.5, ANATOMY["ribs"], self.labels[where])
-
-    def _paint_spine(self):
-        """Vertebrae with discs, canal, arches and processes, square to the curve of the spine."""
-        p, g = self.patient, self.grid
-        line = self.spine_front[:, 0, 0]
-        box = g.box((g.axes[0][0], line.min() - 20, -50), (g.axes[0][-1], line.max() + 75, 50))
-        z, y, x = g.at(box)
-        y = y - self.spine_front[box[0]]
-        slope = np.gradient(line, g.axes[0])[box[0], None, None]
-        along = (z + slope * y) / np.sqrt(1 + slope**2)
-        level = (along / p.rib_step + p.rib_phase + 0.35) % 1.0
-        size = profile([-165, 0, 130], [1.14, 1.0, 0.78], z / p.height)
-        waist = 1 - 0.08 * np.cos(np.pi * (2 * level - 1))
-        body = (
-            np.sqrt((x / (17.5 * size * waist)) ** 2 + ((y - 14 * size) / (14.5 * size * waist)) ** 2) - 1
-        ) * 14
-        disc = np.exp(-np.square(np.minimum(level, 1 - level) / 0.11))
-        behind = y - 28.5 * size
-        canal = (np.sqrt((x / (10 * size)) ** 2 + ((behind - 8) / 8) ** 2) - 1) * 8
-        arch = np.maximum((np.sqrt((x / (17 * size)) ** 2 + ((behind - 9) / 13) ** 2) - 1) * 13, -canal)
-        arch = np.maximum(arch, np.abs(level - 0.55) * p.rib_step - 9)
-        spinous = np.maximum(np.abs(x) - 3.4, np.abs(behind - 29) - 13)
-        spinous = np.maximum(spinous, np.abs(level - 0.35) * p.rib_step - 7)
-        transverse = np.maximum(np.abs(behind - 9 - 0.3 * np.abs(x)) - 5, np.abs(x) - 33)
-        transverse = np.maximum(np.maximum(transverse, np.abs(level - 0.5) * p.rib_step - 6.5), -canal)
-        processes = np.minimum(np.minimum(arch, spinous), transverse)
-        self._blend("spine", body, np.where(body < -2.2, 185, 400) * (1 - disc) + 75 * disc, box)
-        self._blend("spine", processes, np.where(processes < -2.5, 250, 470), box)
-        self._blend(None, canal, 30, box)
-
-    def _paint_front(self):
-        """Sternum and clavicles."""
-        p, g = self.patient, self.grid
-        h = p.height
-        box = g.box((-40 * h, -140, -45), (112 * h, 0, 45))
-        z, y, x = g.at(box)
-        z = z / h
-        half = profile([-40, -20, 50, 68, 74, 104], [7, 15, 14, 16, 27, 24], z)
-        y = y - self.front[box[0]] + 5
-        plate = smooth_max(smooth_max(np.abs(x) - half, np.abs(y) - 5.5, 4), np.abs(z - 36) - 70, 4)
-        self._blend("sternum and clavicles", plate, np.where(plate < -2, 130, 420), box)
-        start = (108 * h, float(np.interp(100 * h, g.axes[0], self.front[:, 0, 0])) - 8)
-        for side in (-1, 1):
-            course = [
-                (*start, side * 20),
-                (start[0] + 16, start[1] + 2, side * 62),
-                (start[0] + 34, start[1] + 34, side * 125),
-            ]
-            for a, b in zip(course[:-1], course[1:], strict=True):
-                box = g.box(np.minimum(a, b) - 10, np.maximum(a, b) + 10)
-                d = capsule(g.at(box), a, b, 6.5, 6)
-                self._blend("sternum and clavicles", d, np.where(d < -2.2, 230, 560), box)
-
-    def _paint_scapulae(self):
-        """Thin plates behind the upper ribs, with spine and neck."""
-        p, g = self.patient, self.grid
-        box = g.box((8 * p.height, -40, -190), (140 * p.height, 140, 190))
-        z = g.z[box[0]] / p.height
-        around, cage = self.around[box], self.cage[box]
-        span = 0.1 + 0.36 * np.clip((z - 15) / 70, 0, 1)
-        tilt = 17 + 14 * (2.3 - around) * np.clip(z / 60, 0, 1)
-        plate = np.maximum(np.abs(cage - tilt) - 1.9, (np.abs(around - 2.25) - span) * 75)
-        plate = np.maximum(np.maximum(plate, np.abs(z - 70) - 56), self.skin[box] + p.fat + 5)
-        self._blend("scapulae", plate, 430, box)
-        for side in (-1, 1):
-            course = [(78, 84, side * 66), (104, 76, side * 98), (124, 44, side * 132)]
-            course = [np.array(c) * (p.height, p.depth, p.width) for c in course]
-            for a, b, ra, rb in zip(course[:-1], course[1:], (2.5, 5), (5, 11), strict=True):
-                box = g.box(np.minimum(a, b) - 16, np.maximum(a, b) + 16)
-                d = np.maximum(capsule(g.at(box), a, b, ra, rb), self.skin[box] + 4)
-                self._blend("scapulae", d, np.where(d < -2.2, 210, 520), box)

@@ -75,9 +75,8 @@ class _Field:
         shape = lobes.shape
         self.axes = [np.arange(n, dtype=np.float32) * s for n, s in zip(shape, spacing, strict=True)]
         self.depth = depth_in(np.pad(inside, 1), spacing)[1:-1, 1:-1, 1:-1]
-        self.rough = 0.24 * smooth_noise(shape, spacing, 13, rng) + 0.15 * smooth_noise(
-            shape, spacing, 5, rng
-        )
+        self.rough = 0.24 * smooth_noise(shape, spacing, 13, rng)
+        self.rough += 0.15 * smooth_noise(shape, spacing, 5, rng)
         self.texture = smooth_noise(shape, spacing, 4, rng)
         self.voxels = np.argwhere(inside)
         self.lobules = self._cells(14, rng)
@@ -94,55 +93,54 @@ class _Field:
 
     def likelihood(self) -> np.ndarray:
         """How likely a lesion starts at each voxel: under the costal pleura, at the back, low."""
-        _, y, x = place = ((self.voxels + 0.5) / self.inside.shape - 0.5).T
-        costal = (
-            np.exp(-np.square((self.depth[self.inside] - 6) / 5))
-            * np.clip(np.hypot(y, x) - 0.12, 0, None) ** 1.5
-        )
-        weight = (costal + 0.008) * np.exp(3.0 * y - 3.0 * place[0])
+        z, y, x = ((self.voxels + 0.5) / self.inside.shape - 0.5).T  # -0.5 to 0.5 in the lungs' box
+        surface = np.exp(-np.square((self.depth[self.inside] - 6) / 5))
+        costal = np.clip(np.hypot(y, x) - 0.12, 0, None) ** 1.5  # not the mediastinal side
+        weight = (surface * costal + 0.008) * np.exp(3.0 * y - 3.0 * z)
         return weight / weight.sum()
 
-    def add(self, centre, largest: float, disease: Disease, rng: np.random.Generator) -> float:
-        """Grow one lesion of at most about `largest` mm3 around a voxel; returns the voxels it adds."""
-        along = min(disease.size * rng.lognormal(0, 0.65), 0.8 * largest ** (1 / 3))
-        through = along * rng.uniform(0.35, 0.9)
-        stretch = rng.uniform(0.7, 1.5)  # along the body's axis
-        soft = rng.uniform(0.2, 0.6)
-        level = disease.ggo + rng.normal(0, 60)
-        core = rng.uniform(0.4, 1.1) if rng.random() < disease.solid else 0.0
-        towards = rng.normal(0, 0.35, 3)
-        reach = 1.6 * along * max(1, stretch)
+    def _around(self, centre, reach: float):
+        """Slices of a block `reach` mm around a voxel, and z, y, x in mm from it."""
         where = centre * self.spacing
         box = tuple(
             slice(int(np.searchsorted(a, w - reach)), int(np.searchsorted(a, w + reach)))
             for a, w in zip(self.axes, where, strict=True)
         )
-        z, y, x = (
-            a - w
-            for a, w in zip(np.ix_(*[a[b] for a, b in zip(self.axes, box, strict=True)]), where, strict=True)
-        )
+        return box, np.ix_(*[a[b] - w for a, b, w in zip(self.axes, box, where, strict=True)])
+
+    def add(self, centre, largest: float, disease: Disease, rng: np.random.Generator) -> int:
+        """Grow one lesion of at most about `largest` mm3 around a voxel; returns the voxels it adds."""
+        along = min(disease.size * rng.lognormal(0, 0.65), 0.8 * largest ** (1 / 3))  # half extents in mm
+        through = along * rng.uniform(0.35, 0.9)  # across the pleura
+        stretch = rng.uniform(0.7, 1.5)  # along the body's axis
+        soft = rng.uniform(0.2, 0.6)
+        level = disease.ggo + rng.normal(0, 60)
+        core = rng.uniform(0.4, 1.1) if rng.random() < disease.solid else 0.0
+        towards = rng.normal(0, 0.35, 3)
+        # 1 at the lesion's outline: depth below the pleura is one coordinate, so that it follows the pleura
+        box, (z, y, x) = self._around(centre, 1.6 * along * max(1, stretch))
         lift = self.depth[box] - self.depth[tuple(centre)]
         flat = np.maximum((z / stretch) ** 2 + y * y + x * x - lift * lift, 0)
-        raw = np.sqrt(np.square(lift / through) + flat / along**2)
-        near = np.nonzero((self.lobes[box] == self.lobes[tuple(centre)]) & (raw < 1.6))
+        smooth = np.sqrt(np.square(lift / through) + flat / along**2)
+        near = np.nonzero((self.lobes[box] == self.lobes[tuple(centre)]) & (smooth < 1.6))
         at = tuple(n + b.start for n, b in zip(near, box, strict=True))
         points = np.stack(at, axis=1) * self.spacing
         _, lobule = self.lobules.query(points)
         rough = self.rough[at] + self.jitter[lobule]
-        q = raw[near] + rough
-        mine = np.clip((1 - q) / soft, 0, 1)
+        q = smooth[near] + rough
+        part = np.clip((1 - q) / soft, 0, 1)
         hu = level + 130 * np.clip(1 - q, 0, 1) + 60 * self.texture[at]
         if disease.paving:
             gap, _ = self.mesh.query(points, k=2)
             hu += disease.paving * fill(gap[:, 1] - gap[:, 0] - 1.0, 1.5)
         old = self.part[at]
-        self.hu[at] = np.where(mine > old, hu, self.hu[at])  # the densest lesion's own HU
-        self.part[at] = np.maximum(old, mine)
+        self.hu[at] = np.where(part > old, hu, self.hu[at])  # the lesion that fills a voxel most sets its HU
+        self.part[at] = np.maximum(old, part)
         if core:
-            offset = points - (where + towards * along)
-            q = np.sqrt(np.square(offset / (1, 1, 1)).sum(axis=1)) / (core * along) + 1.4 * rough
-            self.solid[at] = np.maximum(self.solid[at], np.clip((1 - q) / 0.7, 0, 1) * (mine > 0.5))
-        return float((np.maximum(old, mine) >= 0.5).sum() - (old >= 0.5).sum())
+            middle = (centre * self.spacing + towards * along).astype(np.float32)
+            q = np.sqrt(np.square(points - middle).sum(axis=1)) / (core * along) + 1.4 * rough
+            self.solid[at] = np.maximum(self.solid[at], np.clip((1 - q) / 0.7, 0, 1) * (part > 0.5))
+        return int(((part >= 0.5) & (old < 0.5)).sum())
 
     def clear_specks(self):
         """Take away what would be labelled in pieces under 0.15 ml: no reader would have drawn them."""

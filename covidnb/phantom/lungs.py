@@ -65,7 +65,7 @@ def interior(body: Body, rng: np.random.Generator) -> Interior:
     axes = [fine.astype(np.float32), g.axes[1], g.axes[2]]
     vessels, walls, lumen = (np.zeros((len(fine), *g.shape[1:]), np.float32) for _ in range(3))
     deep = body.lungs < -3.5
-    straight = {name: g.on_axes([end])[0] for name, (end, _) in body.ends.items()}
+    straight = {name: g.on_axes([end])[0] for name, end in body.ends.items()}
     sides = {
         "right": (g.x < 0, "right pulmonary artery", ("right lower vein", "right upper vein")),
         "left": (g.x >= 0, "pulmonary trunk", ("left lower vein", "left upper vein")),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from covidnb import catalog, lungs
+from covidnb import catalog, lungs, phantom
 from covidnb.ct import CTError, read_ct, read_mask
 from covidnb.lungs import LungsNotFound, segment_lungs
 
@@ -134,6 +134,20 @@ def test_bowel_gas_is_no_lung():
 def test_unknown_method():
     with pytest.raises(ValueError, match="'threshold' and 'lungmask'"):
         segment_lungs(drawn_chest()[0], method="otsu")
+
+
+def test_lungs_and_disease_of_a_phantom():
+    chest = phantom.chest(2020, shape=(48, 160, 160))
+    found = sitk.GetArrayFromImage(segment_lungs(chest.ct)) > 0
+    lesions = sitk.GetArrayFromImage(chest.lesions)
+    assert dice(found, chest.lungs) > 0.97
+    assert found[lesions == 1].mean() > 0.95
+    assert (
+        found[lesions == 2].mean()
+        > 0.7
+        > 0.2
+        > (sitk.GetArrayFromImage(chest.ct)[lesions == 2] < -400).mean()
+    )
 
 
 # ------------------------------------------------------------------------------------------ lungmask

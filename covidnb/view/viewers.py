@@ -1,12 +1,10 @@
-"""Figures and widgets of the notebooks: style, palette, slices, masks, a viewer for static pages."""
+"""Viewers that work on a static page: slices of a volume, and figures, behind a slider."""
 
 import base64
 import hashlib
 import html
-import inspect
 import io
 import json
-import textwrap
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -14,88 +12,9 @@ import SimpleITK as sitk
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from covidnb.ct import WINDOWS, window
+from covidnb.ct import WINDOWS
 
-# One meaning, one colour, in the whole book; told apart with every common kind of colour blindness.
-COLOURS = {
-    "lungs": "#56B4E9",
-    "GGO": "#E69F00",
-    "consolidation": "#AA4499",
-    "truth": "#009E73",
-    "prediction": "#0072B2",
-    "error": "#D55E00",
-}
-
-
-def use_style() -> None:
-    """Set the book's Matplotlib style: call it once, in a notebook's first code cell."""
-    plt.rcParams.update(
-        {
-            "figure.figsize": (8, 4),
-            "figure.dpi": 110,
-            "figure.constrained_layout.use": True,
-            "font.size": 9,
-            "axes.titlesize": 10,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.prop_cycle": plt.cycler(color=[*COLOURS.values(), "#444444"]),
-            "legend.frameon": False,
-            "image.cmap": "gray",
-            "image.interpolation": "nearest",
-        }
-    )
-
-
-def show_slice(ax, hu, low=WINDOWS["lung"][0], high=WINDOWS["lung"][1], *, spacing=(1.0, 1.0), title=""):
-    """Draw one slice in a window, true to its proportions.
-
-    Parameters
-    ----------
-    ax : matplotlib.axes.Axes
-    hu : array (rows, columns) in HU
-    low, high : ends of the window in HU, drawn black and white
-    spacing : mm between rows and between columns
-    title : written above
-
-    Returns
-    -------
-    matplotlib.image.AxesImage
-    """
-    drawn = ax.imshow(window(hu, low, high), vmin=0, vmax=1, cmap="gray", aspect=spacing[0] / spacing[1])
-    ax.set_title(title)
-    ax.set_axis_off()
-    return drawn
-
-
-def overlay(ax, mask, colour=COLOURS["prediction"], *, alpha=0.35, label=None):
-    """Tint a mask's area on top of a slice and draw its outline.
-
-    Parameters
-    ----------
-    ax : axes that `show_slice` drew on
-    mask : array (rows, columns), true inside
-    colour : any Matplotlib colour, usually one of `COLOURS`
-    alpha : opacity of the tint, 0 for the outline alone
-    label : name for `ax.legend()`
-    """
-    inside = np.asarray(mask, bool)
-    tint = np.zeros((*inside.shape, 4))
-    tint[inside] = (*to_rgb(colour), alpha)
-    ax.imshow(tint, aspect=ax.get_aspect())
-    if inside.any() and not inside.all():
-        ax.contour(inside, levels=[0.5], colors=[colour], linewidths=0.9)
-    if label is not None:
-        ax.plot([], [], color=colour, lw=4, alpha=0.8, label=label)
-
-
-def source(obj):
-    """Render the packaged source of a function or class as highlighted code in a notebook."""
-    from IPython.display import Markdown
-
-    return Markdown(f"```python\n{textwrap.dedent(inspect.getsource(obj)).rstrip()}\n```")
-
-
-# ------------------------------------------------------------------------------------------ slice viewer
+from .pictures import COLOURS
 
 # HU -> stored grey level: eight bits spent where chests need them, 5 HU a level in soft tissue, 10 in lung.
 _HU_KNOTS = (-1300, -1000, -200, 300, 1050, 2000)
@@ -316,116 +235,6 @@ _VIEWER = """
 </script>
 </figure>
 """
-
-
-# ------------------------------------------------------------------------------------------ reports of runs
-
-
-def training_curves(axes, log):
-    """Draw a run's log: the loss terms on the first axis, the held-out scores (if any) on the second.
-
-    Parameters
-    ----------
-    axes : two Axes
-    log : pandas.DataFrame of a run's log.csv
-    """
-    losses, scores = axes
-    for term in ("global_map", "side4", "side3", "side2", "edge"):
-        losses.plot(log["epoch"], log[term], label=term, lw=2 if term == "side2" else 1)
-    losses.set(xlabel="epoch", ylabel="loss", title="What training lowers")
-    losses.legend()
-    if "meanDic" in log:
-        seen = log.dropna(subset="meanDic")
-        scores.plot(seen["epoch"], seen["dice_at_0.5"], "o-", label="Dice at 0.5")
-        scores.plot(seen["epoch"], seen["meanDic"], "o-", label="mean Dice over thresholds")
-        scores.set(xlabel="epoch", ylim=(0, 1), title="Held-out slices")
-        scores.legend()
-    else:
-        scores.step(log["epoch"], log["lr"], where="mid", color="#444444")
-        scores.set(xlabel="epoch", ylabel="learning rate", yscale="log", title="Schedule")
-
-
-def difference(truth, predicted):
-    """Colour where two masks agree and differ, RGBA (H, W, 4): hit, missed, and called without cause."""
-    truth, predicted = np.asarray(truth, bool), np.asarray(predicted, bool)
-    picture = np.zeros((*truth.shape, 4))
-    picture[truth & predicted] = (*to_rgb(COLOURS["truth"]), 0.7)
-    picture[truth & ~predicted] = (*to_rgb(COLOURS["error"]), 0.9)
-    picture[~truth & predicted] = (*to_rgb(COLOURS["consolidation"]), 0.9)
-    return picture
-
-
-def slice_table(rows, *, threshold=0.5):
-    """Draw slices in rows: slice, truth, probability, difference at the threshold.
-
-    Parameters
-    ----------
-    rows : list of (title, image uint8 (H, W), truth bool (H, W), probability (H, W) in 0..1)
-    threshold : the cut of the difference
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-    """
-    figure, grid = plt.subplots(len(rows), 4, figsize=(8, 2 * len(rows)), squeeze=False)
-    for axes, (title, image, truth, probability) in zip(grid, rows, strict=True):
-        for ax in axes:
-            ax.imshow(image, vmin=0, vmax=255)
-            ax.set(xticks=[], yticks=[])
-        axes[0].set_ylabel(title)
-        overlay(axes[1], truth, COLOURS["truth"])
-        axes[2].imshow(probability, cmap="viridis", vmin=0, vmax=1)
-        axes[3].imshow(difference(truth, probability >= threshold))
-    for ax, name in zip(grid[0], ("slice", "truth", "probability", "difference"), strict=True):
-        ax.set_title(name)
-    marks = {"found": "truth", "missed": "error", "false alarm": "consolidation"}
-    handles = [plt.Line2D([], [], color=COLOURS[c], lw=5, label=name) for name, c in marks.items()]
-    figure.legend(handles=handles, loc="outside lower right", ncols=3)
-    return figure
-
-
-def reliability_diagram(ax, curve):
-    """Draw what `metrics.reliability` counted: the observed share of lesion against the probability said."""
-    ax.plot([0, 1], [0, 1], color="#444444", lw=0.8, ls="--", label="honest")
-    ax.plot(curve["said"], curve["observed"], "o-", color=COLOURS["prediction"], label="this network")
-    ax.set(xlabel="probability said", ylabel="share of lesion observed", xlim=(0, 1), ylim=(0, 1))
-    ax.set_title(f"Calibration: off by {curve['error']:.3f} on average")
-    ax.legend()
-
-
-def compare_histograms(summaries):
-    """Draw the HU and the lesion sizes of sets of scans over one another.
-
-    Parameters
-    ----------
-    summaries : dict from a set's name to what `covidnb.phantom.summary.summarise` gives for it; three at most
-
-    Returns
-    -------
-    figure with four axes: lung, ground glass and consolidation in HU, and lesion volumes in ml
-    """
-    tissues = {"lung": "Lung without lesion", "GGO": "Ground glass", "consolidation": "Consolidation"}
-    figure, axes = plt.subplots(2, 2, figsize=(8, 5))
-    for (name, summary), key in zip(summaries.items(), ("truth", "error", "lungs"), strict=False):
-        style = {"color": COLOURS[key], "lw": 1.6}
-        for ax, tissue in zip(axes.flat, tissues, strict=False):
-            if summary["hu_density"][tissue]:
-                ax.stairs(
-                    2500 * np.array(summary["hu_density"][tissue]), summary["hu_edges"], label=name, **style
-                )
-                ax.axvline(summary["hu_quartiles"][tissue][1], ls=":", color=COLOURS[key])
-        counts = np.array(summary["lesion_counts"])
-        axes[1, 1].stairs(100 * counts / max(counts.sum(), 1), summary["lesion_ml_edges"], **style)
-    for ax, title in zip(axes.flat, tissues.values(), strict=False):
-        ax.set(title=title, xlabel="HU (dotted: median)", ylabel="% of voxels in 25 HU")
-    axes[1, 1].set(
-        title="Size of the lesions", xscale="log", xlabel="ml", ylabel="% of lesions", xlim=(0.08, 2000)
-    )
-    axes[0, 0].legend()
-    return figure
-
-
-# ------------------------------------------------------------------------------------------ frame viewer
 
 
 def frame_viewer(figures, labels, *, alt, name="Step", start=0) -> SliceViewer:

@@ -8,7 +8,7 @@ import numpy as np
 import SimpleITK as sitk
 from scipy import ndimage
 
-from covidnb.ct import WINDOWS, CTError, _check_same_grid
+from covidnb.ct import WINDOWS, CTError, check_same_grid
 
 SIZE = (40, 160, 160)  # depth, height, width in voxels: GASNet's
 CLIP = WINDOWS["lung"]  # HU: GASNet's
@@ -87,7 +87,7 @@ class LungCrop:
         CTError
             The image does not lie on the grid that the crop was made for.
         """
-        _check_same_grid(image, self._scan_grid(), "the image to crop")
+        check_same_grid(image, self._scan_grid(), "the image to crop")
         grid = self._crop_grid()
         if image.GetPixelID() != sitk.sitkUInt8:
             image = sitk.Resample(sitk.Cast(image, sitk.sitkFloat32), grid, sitk.Transform(), sitk.sitkLinear)
@@ -116,7 +116,7 @@ class LungCrop:
             Another size or grid, or values that are no labels, such as probabilities.
         """
         if isinstance(mask, sitk.Image):
-            _check_same_grid(mask, self._crop_grid(), "the mask to carry back (compared with the crop)")
+            check_same_grid(mask, self._crop_grid(), "the mask to carry back (compared with the crop)")
             mask = sitk.GetArrayFromImage(mask)
         if mask.shape != tuple(self.size):
             raise CTError(

@@ -96,7 +96,7 @@ def read_mask(path: str | Path, like: sitk.Image) -> sitk.Image:
             "Give the label file, not the scan or a probability map."
         )
     mask = sitk.Cast(_to_lps(mask), sitk.sitkUInt8)
-    _check_same_grid(mask, like, str(path))
+    check_same_grid(mask, like, str(path))
     mask = sitk.GetImageFromArray(sitk.GetArrayViewFromImage(mask))
     mask.CopyInformation(like)
     return mask
@@ -127,7 +127,7 @@ def write_like(result: np.ndarray | sitk.Image, image: sitk.Image, path: str | P
     path = Path(path)
     _suffix(path, WRITABLE)
     if isinstance(result, sitk.Image):
-        _check_same_grid(result, image, "the result to write")
+        check_same_grid(result, image, "the result to write")
         result = sitk.GetArrayFromImage(result)  # a view would not keep a temporary image alive
     if result.shape != image.GetSize()[::-1]:
         raise CTError(
@@ -471,7 +471,7 @@ def _corners(image: sitk.Image) -> np.ndarray:
     return np.array([image.TransformIndexToPhysicalPoint((ends * c).tolist()) for c in np.ndindex(2, 2, 2)])
 
 
-def _check_same_grid(image: sitk.Image, like: sitk.Image, what: str) -> None:
+def check_same_grid(image: sitk.Image, like: sitk.Image, what: str) -> None:
     if image.GetSize() != like.GetSize():
         raise CTError(
             f"{what}: {image.GetSize()} voxels (x, y, z), the scan has {like.GetSize()}. Use the mask of "

@@ -66,7 +66,8 @@ def drop_stale_cache() -> None:
 def execute(pages: list[Path]) -> None:
     """Execute the pages that are not in the cache, one on each core, each in a temporary folder."""
     cache = get_cache(CACHE)
-    for page in pages:
+    # runs take longest: they go first, beside the chapters
+    for page in sorted(pages, key=lambda page: page.parent.name != "runs"):
         if page.suffix == ".ipynb":
             cache.add_nb_to_project(str(page))
         elif page.read_text().startswith("---\nfile_format: mystnb"):

@@ -3,6 +3,7 @@
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import to_rgb
+from matplotlib.ticker import MaxNLocator
 
 from .pictures import COLOURS, overlay
 
@@ -16,6 +17,8 @@ def training_curves(axes, log):
     log : pandas.DataFrame of a run's log.csv
     """
     losses, scores = axes
+    for ax in axes:
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     for term in ("global_map", "side4", "side3", "side2", "edge"):
         losses.plot(log["epoch"], log[term], label=term, lw=2 if term == "side2" else 1)
     losses.set(xlabel="epoch", ylabel="loss", title="What training lowers")

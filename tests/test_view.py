@@ -180,4 +180,4 @@ def test_frames_move_in_a_browser(tmp_path):
     });</script>"""
     dom = shown(frames(start=1) * 2 + probe, tmp_path)
     said = re.search(r'data-said="([^"]*)"', dom)[1]
-    assert re.fullmatch(r"5 pt &lt;/script&gt;400;9 pt\d+;true;true", said), said
+    assert re.fullmatch(r"5 pt &lt;/script&gt;360;9 pt\d+;true;true", said), said

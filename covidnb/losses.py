@@ -27,7 +27,7 @@ def boundary_weight(mask: Tensor) -> Tensor:
 def structure_loss(
     logits: Tensor, mask: Tensor, official: bool = False, weight: Tensor | None = None
 ) -> Tensor:
-    """Weighted BCE plus weighted IoU, mean over the batch (Fan et al., TMI 2020, Eq. 3).
+    """Weighted BCE plus weighted IoU, mean over the batch (Fan et al., TMI 2020, the segmentation loss).
 
     Parameters
     ----------
@@ -67,7 +67,7 @@ class InfNetLoss(NamedTuple):
 
 
 def infnet_loss(out: InfNetOutput, mask: Tensor, edge: Tensor, official: bool = False) -> InfNetLoss:
-    """Deep supervision of Inf-Net: BCE on the edge, structure loss on S_g, S_4, S_3, S_2 (TMI 2020, Eq. 4).
+    """Deep supervision of Inf-Net: BCE on the edge, structure loss on S_g, S_4, S_3, S_2 (TMI 2020).
 
     Parameters
     ----------

@@ -132,6 +132,14 @@ class TestRunFolder:
             raise RuntimeError
         assert list((tmp_path / "deep").iterdir()) == []
 
+    def test_same_weights_are_the_same_file(self, tmp_path):
+        written = set()
+        for k in range(6):
+            run = Run(tmp_path / str(k), InfNetConfig())
+            run.save_weights(torch.nn.Conv2d(1, 2, 1).apply(lambda m: torch.nn.init.ones_(m.weight)))
+            written.add(run.weights_path.read_bytes()[:200])
+        assert len(written) == 1
+
     def test_weights_of_another_network_are_refused(self, tmp_path):
         run = Run(tmp_path, InfNetConfig())
         run.save_weights(torch.nn.Linear(3, 3))

@@ -300,7 +300,7 @@ def load_network(weights: str | Path) -> tuple[InfNet, InfNetConfig]:
     header, tensors = read_weights(weights)
     if header["network"] != "InfNet":
         raise ConfigError(f"{weights} holds a {header['network']}, not an InfNet")
-    config = parse_config(InfNetConfig, json.loads(header["config"]))
+    config = parse_config(InfNetConfig, header["config"])
     net = InfNet(config.backbone)
     net.load_state_dict(tensors)
     return net.eval(), config

@@ -17,6 +17,8 @@ from torch import nn
 
 from covidnb.files import whole
 
+HEADER = "covidnb"  # the entry of a weights file's header that says what it is
+
 CARD = """# Model card: {method}, COVID-19 lesion segmentation in CT slices
 
 **Not for diagnosis.** Research and teaching only; never validated for clinical use.
@@ -210,12 +212,13 @@ class Run:
 
     def save_weights(self, net: nn.Module) -> None:
         """Write the trained weights as safetensors; the config goes into the file's header."""
-        header = {"network": type(net).__name__, "config": json.dumps(dataclasses.asdict(self.config))}
+        made = {"network": type(net).__name__, "config": dataclasses.asdict(self.config)}
+        header = {HEADER: json.dumps(made)}  # one entry: safetensors writes several in any order
         with whole(self.weights_path) as part:
             save_file({k: v.contiguous().cpu() for k, v in net.state_dict().items()}, part, metadata=header)
 
 
-def read_weights(path: str | Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+def read_weights(path: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
     """Read a run's weights file: its header ("network", "config") and its tensors.
 
     Raises
@@ -227,10 +230,10 @@ def read_weights(path: str | Path) -> tuple[dict[str, str], dict[str, torch.Tens
         raise ConfigError(f"{path}: no such file; give the weights.safetensors of a finished run")
     try:
         with safe_open(path, framework="pt") as stored:
-            header = stored.metadata() or {}
+            header = (stored.metadata() or {}).get(HEADER)
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as fault:
         raise ConfigError(f"{path} is no safetensors file ({fault}): train or copy it again") from fault
-    if "network" not in header or "config" not in header:
+    if header is None:
         raise ConfigError(f"{path} does not say which network it is for: use the file that a run wrote")
-    return header, tensors
+    return json.loads(header), tensors

@@ -101,9 +101,14 @@ class TestConfig:
 
 class TestRunFolder:
     def test_another_config_is_refused_by_field(self, tmp_path):
-        Run(tmp_path, InfNetConfig())
+        Run(tmp_path, InfNetConfig()).save_checkpoint({"history": []})
         with pytest.raises(ConfigError, match=r"epochs 100 \(now 7\)"):
             Run(tmp_path, InfNetConfig(epochs=7))
+
+    def test_a_folder_that_learnt_nothing_starts_again_with_any_config(self, tmp_path):
+        Run(tmp_path, InfNetConfig(pretrained=True))
+        Run(tmp_path, InfNetConfig(pretrained=False))
+        assert json.loads((tmp_path / "config.json").read_text())["pretrained"] is False
 
     def test_unreadable_checkpoint_is_named(self, tmp_path):
         run = Run(tmp_path, InfNetConfig())

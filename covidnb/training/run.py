@@ -131,7 +131,8 @@ class Run:
     Parameters
     ----------
     folder : str or Path
-        Made if missing. One that was started with other parameters is refused.
+        Made if missing. One that has learnt with other parameters is refused; one that failed before its
+        first checkpoint (its ImageNet weights could not be had, say) may start again with any.
     config : dataclass
         Written to config.json.
 
@@ -146,7 +147,7 @@ class Run:
         self.config = config
         asked = json.loads(json.dumps(dataclasses.asdict(config)))
         path = self.folder / "config.json"
-        if path.exists():
+        if path.exists() and self.checkpoint_path.exists():
             started = json.loads(path.read_text())
             fields = sorted(k for k in {*asked, *started} if asked.get(k) != started.get(k))
             if fields:

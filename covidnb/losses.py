@@ -56,14 +56,14 @@ def structure_loss(
 
 
 class InfNetLoss(NamedTuple):
-    """The five terms and their sum, scalars."""
+    """The five terms and their sum, scalars; None for an output that the network does not have."""
 
     total: Tensor
-    global_map: Tensor
-    side4: Tensor
-    side3: Tensor
-    side2: Tensor
-    edge: Tensor
+    global_map: Tensor | None
+    side4: Tensor | None
+    side3: Tensor | None
+    side2: Tensor | None
+    edge: Tensor | None
 
 
 def infnet_loss(out: InfNetOutput, mask: Tensor, edge: Tensor, official: bool = False) -> InfNetLoss:
@@ -79,6 +79,9 @@ def infnet_loss(out: InfNetOutput, mask: Tensor, edge: Tensor, official: bool = 
         See `structure_loss`.
     """
     weight = boundary_weight(mask)
-    sides = [structure_loss(m, mask, official, weight) for m in out[:4]]
-    outline = F.binary_cross_entropy_with_logits(out.edge.to(edge.dtype), edge)
-    return InfNetLoss(sum(sides) + outline, *sides, outline)
+    terms = [None if m is None else structure_loss(m, mask, official, weight) for m in out[:4]]
+    outline = out.edge
+    if outline is not None:
+        outline = F.binary_cross_entropy_with_logits(outline.to(edge.dtype), edge)
+    terms.append(outline)
+    return InfNetLoss(sum(term for term in terms if term is not None), *terms)

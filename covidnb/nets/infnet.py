@@ -10,13 +10,18 @@ from covidnb.nets.backbones import backbone as build_backbone
 
 
 class InfNetOutput(NamedTuple):
-    """Logits (N, 1, H, W) at the input's size; `side2` is the prediction."""
+    """Logits (N, 1, H, W) at the input's size; None where a network has no such output."""
 
-    global_map: Tensor
-    side4: Tensor
-    side3: Tensor
-    side2: Tensor
-    edge: Tensor
+    global_map: Tensor | None
+    side4: Tensor | None
+    side3: Tensor | None
+    side2: Tensor | None
+    edge: Tensor | None
+
+    @property
+    def prediction(self) -> Tensor:
+        """The finest map there is: S_2, or the global map of a network that ends with it."""
+        return self.global_map if self.side2 is None else self.side2
 
 
 def resize(x: Tensor, size, align_corners: bool = False) -> Tensor:
@@ -103,21 +108,36 @@ class ReverseAttention(nn.Module):
 
     A has one channel and the 1x1 projection no bias, so A * project(f) = project(A * f): attending after
     the projection is the same function with a fraction of the multiplications.
+    Without `reverse` the features are taken as they are (A = 1), without `guided` no edge guidance joins them.
     """
 
-    def __init__(self, inputs: int, width: int, layers: int, kernel: int, head_kernel: int):
+    def __init__(
+        self,
+        inputs: int,
+        width: int,
+        layers: int,
+        kernel: int,
+        head_kernel: int,
+        *,
+        guided: bool = True,
+        reverse: bool = True,
+    ):
         super().__init__()
+        self.reverse = reverse
         self.project = ConvNorm(inputs, width, 1)
-        widths = [width + 64] + [width] * (layers - 1)
+        widths = [width + 64 * guided] + [width] * (layers - 1)
         self.refine = nn.ModuleList(ConvNorm(w, width, kernel) for w in widths)
         self.head = ConvNorm(width, 1, head_kernel)
 
-    def forward(self, features: Tensor, guidance: Tensor, coarse: Tensor) -> Tensor:
+    def forward(self, features: Tensor, guidance: Tensor | None, coarse: Tensor) -> Tensor:
         size = features.shape[-2:]
         coarse = resize(coarse, size)
-        attention = 1 - torch.sigmoid(coarse)
-        x = self.project.bn(attention * self.project.conv(features))
-        x = torch.cat([x, resize(guidance, size)], dim=1)
+        x = self.project.conv(features)
+        if self.reverse:
+            x = (1 - torch.sigmoid(coarse)) * x
+        x = self.project.bn(x)
+        if guidance is not None:
+            x = torch.cat([x, resize(guidance, size)], dim=1)
         for layer in self.refine:
             x = F.relu(layer(x))
         return self.head(x) + coarse
@@ -134,18 +154,33 @@ class InfNet(nn.Module):
         Start the backbone from its ImageNet weights.
     channel : int
         Width of the receptive field blocks and the partial decoder.
+    edge : bool
+        Learn the lesions' outline from f1 and let it guide the refinement.
+    reverse : bool
+        Refine where the coarser map said "not lesion". With neither, the global map is the prediction.
     """
 
-    def __init__(self, backbone: str = "res2net50", pretrained: bool = False, channel: int = 32):
+    def __init__(
+        self,
+        backbone: str = "res2net50",
+        pretrained: bool = False,
+        channel: int = 32,
+        *,
+        edge: bool = True,
+        reverse: bool = True,
+    ):
         super().__init__()
         self.backbone = build_backbone(backbone, pretrained)
         c1, c2, c3, c4 = self.backbone.channels
         self.rfb2, self.rfb3, self.rfb4 = (ReceptiveFieldBlock(c, channel) for c in (c2, c3, c4))
         self.decoder = PartialDecoder(channel)
-        self.edge = EdgeGuidance(c1)
-        self.reverse4 = ReverseAttention(c4, 256, layers=3, kernel=5, head_kernel=1)
-        self.reverse3 = ReverseAttention(c3, 64, layers=2, kernel=3, head_kernel=3)
-        self.reverse2 = ReverseAttention(c2, 64, layers=2, kernel=3, head_kernel=3)
+        self.edge = EdgeGuidance(c1) if edge else None
+        parts = {"guided": edge, "reverse": reverse}
+        self.refines = edge or reverse
+        if self.refines:
+            self.reverse4 = ReverseAttention(c4, 256, layers=3, kernel=5, head_kernel=1, **parts)
+            self.reverse3 = ReverseAttention(c3, 64, layers=2, kernel=3, head_kernel=3, **parts)
+            self.reverse2 = ReverseAttention(c2, 64, layers=2, kernel=3, head_kernel=3, **parts)
 
     def forward(self, x: Tensor) -> InfNetOutput:
         """Segment a batch.
@@ -171,10 +206,11 @@ class InfNet(nn.Module):
                 "resize the slice first"
             )
         f1, f2, f3, f4 = self.backbone(x)
-        guidance, edge = self.edge(f1)
-        global_map = self.decoder(self.rfb2(f2), self.rfb3(f3), self.rfb4(f4))
-        side4 = self.reverse4(f4, guidance, global_map)
-        side3 = self.reverse3(f3, guidance, side4)
-        side2 = self.reverse2(f2, guidance, side3)
+        guidance, edge = self.edge(f1) if self.edge else (None, None)
+        maps = [self.decoder(self.rfb2(f2), self.rfb3(f3), self.rfb4(f4)), None, None, None]
+        if self.refines:
+            maps[1] = self.reverse4(f4, guidance, maps[0])
+            maps[2] = self.reverse3(f3, guidance, maps[1])
+            maps[3] = self.reverse2(f2, guidance, maps[2])
         size = x.shape[-2:]
-        return InfNetOutput(*(resize(m, size) for m in (global_map, side4, side3, side2, edge)))
+        return InfNetOutput(*(None if m is None else resize(m, size) for m in (*maps, edge)))

@@ -34,6 +34,8 @@ def regenerate(name, shape):
         value = n * np.sqrt(1 / np.prod(shape[1:]))
     elif name.endswith("weight"):
         value = 1 + 0.1 * n
+    elif name.endswith(("weight_u", "weight_v")):
+        value = n / np.linalg.norm(n)
     else:
         value = 0.1 * n
     return torch.from_numpy(np.asarray(value, dtype=np.float32))

@@ -1,8 +1,12 @@
 """The authors' released weights, read strictly into our networks."""
 
+import re
+from functools import partial
+
 from torch import Tensor, nn
 
 from covidnb.nets.backbones import vgg_place
+from covidnb.nets.gasnet import Discriminator, Generator, Segmenter
 from covidnb.nets.infnet import InfNet
 from covidnb.nets.unet import MultiClassUNet
 
@@ -50,7 +54,38 @@ def _unet_entry(name: str) -> str:
     return f"{top[:-1]}.{int(top[-1]) - 1}.{rest}"  # down1 is our down.0
 
 
-TRANSLATIONS = {InfNet: _infnet_entry, MultiClassUNet: _unet_entry}
+# the authors' layers -> ours; None: declared, and never used by their forward
+SEGMENTER = {"conv": "stem.0", "conv1": "level.0", "cov2": "level.1", "cov3": "level.2", "pred": "head"}
+SEGMENTER |= {"max_cov2": "down.0", "max_cov3": "down.1", "up_cov2": "up.0", "up_cov1": "up.1"}
+SEGMENTER |= {"de_cov2": "merge.0", "de_cov1": "merge.1"}
+SEGMENTER |= dict.fromkeys(("max_cov4", "cov4", "up_cov3", "de_cov3"))
+GENERATOR = {f"conv{i + 1}": f"down.{i}" for i in range(5)} | {f"up_conv{4 - i}": f"up.{i}" for i in range(4)}
+GENERATOR |= {"out_G": "head"} | dict.fromkeys(("out_2", "out_3", "out_4"))
+DISCRIMINATOR = {"cov_init": "stem", "layer": "head", "att": "attention"}
+DISCRIMINATOR |= {"cov1": "plane.0", "cov5": "plane.1", "cov8": "plane.2", "cov11": "plane.3"}
+DISCRIMINATOR |= {"cov3": "down.0", "cov6": "down.1", "cov9": "down.2", "cov12": "down.3"}
+DISCRIMINATOR |= dict.fromkeys(("cov13", "out_conv", "flat_conv2"))
+
+
+def _gasnet_entry(layers: dict[str, str | None], name: str) -> str | None:
+    """Translate an entry of the authors' GASNet state dicts to ours; None for a layer never used."""
+    top, _, rest = name.partition(".")
+    ours = layers.get(top, top)
+    if ours is None:
+        return None
+    rest = rest.replace("output_conv", "1")
+    # their spectral norm keeps its vectors beside the weight, today's below the weight's parametrization
+    rest = re.sub(r"weight_([uv])$", r"parametrizations.weight.0._\1", rest)
+    return f"{ours}.{rest.replace('weight_orig', 'parametrizations.weight.original')}"
+
+
+TRANSLATIONS = {
+    InfNet: _infnet_entry,
+    MultiClassUNet: _unet_entry,
+    Segmenter: partial(_gasnet_entry, SEGMENTER),
+    Generator: partial(_gasnet_entry, GENERATOR),
+    Discriminator: partial(_gasnet_entry, DISCRIMINATOR),
+}
 
 
 def load_official(net: nn.Module, state_dict: dict[str, Tensor]) -> list[str]:
@@ -58,8 +93,8 @@ def load_official(net: nn.Module, state_dict: dict[str, Tensor]) -> list[str]:
 
     Parameters
     ----------
-    net : InfNet or MultiClassUNet
-        The network to fill, built with the backbone that the weights are for.
+    net : InfNet, MultiClassUNet, Segmenter, Generator or Discriminator
+        The network to fill, built as the weights were: backbone, width, levels.
     state_dict : dict of str to Tensor
         The authors' entries.
 
@@ -67,7 +102,7 @@ def load_official(net: nn.Module, state_dict: dict[str, Tensor]) -> list[str]:
     -------
     list of str
         Entries dropped because the forward never uses them: the ImageNet classifier, VGG-16's second
-        tail.
+        tail, GASNet's fourth level of S, side outputs of G, last block and two heads of D.
 
     Raises
     ------

@@ -3,7 +3,7 @@
 from covidnb.nets.checkpoints import load_official
 from covidnb.nets.deeplab import DeepLabV3Plus
 from covidnb.nets.fcn import FCN8s
-from covidnb.nets.gasnet import Discriminator, DiscriminatorOutput, Generator, Segmenter
+from covidnb.nets.gasnet import Discriminator, DiscriminatorOutput, Generator, Segmenter, volume_segmenter
 from covidnb.nets.infnet import InfNet, InfNetOutput
 from covidnb.nets.unet import MultiClassUNet, UNet, UNetPlusPlus
 
@@ -20,4 +20,5 @@ __all__ = [
     "UNet",
     "UNetPlusPlus",
     "load_official",
+    "volume_segmenter",
 ]

@@ -186,3 +186,57 @@ class Discriminator(nn.Module):
                 f"this discriminator takes (N, 1, {', '.join(map(str, expected))}), got {tuple(x.shape)}: "
                 "build it with adaptive=True for other sizes"
             )
+
+
+class Padded(nn.Module):
+    """A network of logits behind the segmenter's interface: any size in, probabilities of that size out.
+
+    The volume is padded by its border to multiples of 16, which four halvings need, and cut back.
+    """
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_volume(x, (1, 1, 1), "this network")
+        depth, height, width = x.shape[2:]
+        after = [(0, -n % 16) for n in (width, height, depth)]
+        logits = self.net(F.pad(x, [n for pair in after for n in pair], mode="replicate"))
+        return torch.sigmoid(full_precision(logits[:, :, :depth, :height, :width]))
+
+
+def volume_segmenter(name: str = "gasnet", width: int | None = None) -> nn.Module:
+    """GASNet's segmenter, or a baseline from MONAI with the same interface.
+
+    Parameters
+    ----------
+    name : str
+        "gasnet"; "unet3d", the 3-D U-Net (Cicek et al., MICCAI 2016); "vnet" (Milletari et al., 3DV 2016).
+    width : int, optional
+        Channels of the first level: 20 and 32 where not given. V-Net's are always 16.
+
+    Returns
+    -------
+    nn.Module
+        (N, 1, D, H, W) in, probabilities (float32) of that shape out.
+
+    Raises
+    ------
+    ValueError
+        An unknown name, or a width for V-Net.
+    """
+    if name == "gasnet":
+        return Segmenter(width or 20)
+    if name == "unet3d":
+        from monai.networks.nets import BasicUNet  # here: the papers' networks work without MONAI
+
+        w = width or 32
+        return Padded(BasicUNet(3, 1, 1, features=(w, w, 2 * w, 4 * w, 8 * w, w)))
+    if name == "vnet":
+        from monai.networks.nets import VNet
+
+        if width is not None:
+            raise ValueError(f"width={width}: V-Net has 16 channels; leave the width out")
+        return Padded(VNet(3, 1, 1))
+    raise ValueError(f"unknown network {name!r}: choose 'gasnet', 'unet3d' or 'vnet'")

@@ -1,12 +1,13 @@
 """Backbones: an image in, four feature maps out, with ImageNet weights where they can be had.
 
 Every backbone is a module with `channels` (of f1 to f4) and `strides`, whose forward takes (N, 3, H, W)
-and returns the list [f1, f2, f3, f4].
+and returns the list [f1, f2, f3, f4]; `levels()` are the layers that make each map from the one before.
 """
 
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -74,9 +75,9 @@ class ResNet50(nn.Module):
     strides = (4, 8, 16, 32)
     block = Bottleneck
 
-    def __init__(self):
+    def __init__(self, inputs: int = 3):
         super().__init__()
-        self.conv1 = self._stem()
+        self.conv1 = self._stem(inputs)
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
@@ -89,8 +90,8 @@ class ResNet50(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     @staticmethod
-    def _stem() -> nn.Module:
-        return nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
+    def _stem(inputs: int) -> nn.Module:
+        return nn.Conv2d(inputs, 64, 7, stride=2, padding=3, bias=False)
 
     @staticmethod
     def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential:
@@ -99,6 +100,9 @@ class ResNet50(nn.Module):
     def _stage(self, inputs: int, planes: int, blocks: int, stride: int) -> nn.Sequential:
         first = self.block(inputs, planes, stride, self._shortcut(inputs, planes * 4, stride))
         return nn.Sequential(first, *(self.block(planes * 4, planes) for _ in range(blocks - 1)))
+
+    def levels(self) -> list[nn.Module]:
+        return [self.layer1, self.layer2, self.layer3, self.layer4]
 
     def forward(self, x: Tensor) -> list[Tensor]:
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
@@ -118,11 +122,11 @@ class Res2Net50(ResNet50):
     block = Bottle2neck
 
     @staticmethod
-    def _stem() -> nn.Module:
+    def _stem(inputs: int) -> nn.Module:
         layers = []
-        for inputs, outputs, stride in ((3, 32, 2), (32, 32, 1)):
-            layers += [nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)]
-            layers += [nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+        for channels, stride in ((inputs, 2), (32, 1)):
+            layers += [nn.Conv2d(channels, 32, 3, stride, padding=1, bias=False)]
+            layers += [nn.BatchNorm2d(32), nn.ReLU(inplace=True)]
         return nn.Sequential(*layers, nn.Conv2d(32, 64, 3, padding=1, bias=False))
 
     @staticmethod
@@ -143,12 +147,11 @@ class VGG16(nn.Module):
     channels = (128, 256, 512, 512)
     strides = (2, 4, 8, 16)
 
-    def __init__(self):
+    def __init__(self, inputs: int = 3):
         super().__init__()
         self.stages = nn.ModuleList()
-        inputs = 3
         for outputs, convs in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
-            layers: list[nn.Module] = [] if inputs == 3 else [nn.AvgPool2d(2, stride=2)]
+            layers: list[nn.Module] = [nn.AvgPool2d(2, stride=2)] if self.stages else []
             for _ in range(convs):
                 layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(inplace=True)]
                 inputs = outputs
@@ -157,6 +160,9 @@ class VGG16(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
                 nn.init.zeros_(module.bias)
+
+    def levels(self) -> list[nn.Module]:
+        return list(self.stages[1:])
 
     def forward(self, x: Tensor) -> list[Tensor]:
         features = []
@@ -219,9 +225,9 @@ class EfficientNetLite0(nn.Module):
         (1, 3, 1, 6, 320),
     )
 
-    def __init__(self):
+    def __init__(self, inputs: int = 3):
         super().__init__()
-        self.stem = _conv_same(3, 32, 3, stride=2)
+        self.stem = _conv_same(inputs, 32, 3, stride=2)
         self.relu = nn.ReLU6(inplace=True)
         self.blocks = nn.ModuleList()
         inputs, ends = 32, []
@@ -232,11 +238,14 @@ class EfficientNetLite0(nn.Module):
             ends.append(len(self.blocks))
         self._taps = (ends[1], ends[2], ends[4], ends[6])
 
+    def levels(self) -> list[nn.ModuleList]:
+        return [self.blocks[start:end] for start, end in pairwise((0, *self._taps))]
+
     def forward(self, x: Tensor) -> list[Tensor]:
         x = self.relu(self.stem(x))
         features = []
-        for start, end in pairwise((0, *self._taps)):
-            for block in self.blocks[start:end]:
+        for level in self.levels():
+            for block in level:
                 x = block(x)
             features.append(x)
         return features
@@ -293,7 +302,36 @@ BACKBONES = {
 }
 
 
-def backbone(name: str, pretrained: bool = False) -> nn.Module:
+def dilate(net: nn.Module, output_stride: int) -> None:
+    """Keep a backbone's maps at `output_stride` or finer, in place: its later strides become dilation.
+
+    The "atrous" algorithm (Chen et al., TPAMI 2018, Sec. 3.1): where a layer no longer steps over every
+    other pixel, those after it read every other pixel. The weights are the same, so are the pixels that a
+    map had before, with new ones between them; only an average pool cannot read at a distance and is
+    narrower than it was (Res2Net's shortcuts and VGG's pools vanish).
+    """
+    dilation = 1
+    for level, stride in zip(net.levels(), net.strides, strict=True):
+        if stride <= output_stride:
+            continue
+        for layer in level.modules():
+            if isinstance(layer, nn.Conv2d):
+                rate = dilation if layer.stride == (2, 2) else 2 * dilation
+                layer.dilation = (rate, rate)
+                layer.padding = tuple(rate * (k // 2) for k in layer.kernel_size)
+                layer.stride = (1, 1)
+            elif isinstance(layer, nn.AvgPool2d) and layer.stride == 2:
+                layer.stride = 1
+                layer.kernel_size = 1 if layer.kernel_size == 2 else layer.kernel_size
+            elif isinstance(layer, nn.ZeroPad2d):
+                layer.padding = (0, 0, 0, 0)  # the one-sided padding of a stride
+        dilation *= 2
+    net.strides = tuple(min(stride, output_stride) for stride in net.strides)
+
+
+def backbone(
+    name: str, pretrained: bool = False, inputs: int = 3, output_stride: int | None = None
+) -> nn.Module:
     """Build a backbone by name, with ImageNet weights if asked.
 
     Parameters
@@ -302,6 +340,12 @@ def backbone(name: str, pretrained: bool = False) -> nn.Module:
         One of `BACKBONES`.
     pretrained : bool
         Fetch the ImageNet weights (data/catalog.yaml says from where) and load them strictly.
+    inputs : int
+        Channels of the image. ImageNet's kernels are for three; those of further channels (a prior) start at
+        zero, so that the network begins as the one that ImageNet taught and learns by how much to listen to
+        them. Without ImageNet weights all kernels start at random.
+    output_stride : int, optional
+        See `dilate`.
 
     Raises
     ------
@@ -313,10 +357,15 @@ def backbone(name: str, pretrained: bool = False) -> nn.Module:
     if name not in BACKBONES:
         raise ValueError(f"backbone {name!r} is unknown: choose one of {', '.join(BACKBONES)}")
     build, entry, translate = BACKBONES[name]
-    net = build()
+    net = build(inputs)
     if pretrained:
         from covidnb.catalog import fetch  # only here: a network can be built where no catalog is
 
         published = torch.load(fetch(entry), map_location="cpu", weights_only=True)
-        net.load_state_dict({ours: v for k, v in published.items() if (ours := translate(k)) is not None})
+        weights = {ours: v for k, v in published.items() if (ours := translate(k)) is not None}
+        stem = next(name for name, value in net.named_parameters() if value.ndim == 4)
+        weights[stem] = F.pad(weights[stem], (0, 0, 0, 0, 0, inputs - 3))
+        net.load_state_dict(weights)
+    if output_stride is not None:
+        dilate(net, output_stride)
     return net

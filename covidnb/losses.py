@@ -85,3 +85,196 @@ def infnet_loss(out: InfNetOutput, mask: Tensor, edge: Tensor, official: bool = 
         outline = F.binary_cross_entropy_with_logits(outline.to(edge.dtype), edge)
     terms.append(outline)
     return InfNetLoss(sum(term for term in terms if term is not None), *terms)
+
+
+# ---------------------------------------------------------------------------------------------- GASNet
+#
+# Xu et al. 2020, and the authors' code where it says more than the paper. S gives a probability m, l is the
+# lung mask, D gives a logit (above 0: diseased). Volumes are (N, 1, D, H, W); every term is a scalar without
+# its weight.
+
+# what the released code multiplies each term by
+GASNET_WEIGHTS = {
+    "adversarial": 1,
+    "generated_to_d": 1,
+    "original_to_d": 1,
+    "reconstruction": 100,
+    "paste": 100,
+    "multiple_instance": 1000,
+    "healthy": 100,
+    "labelled": 500,
+}
+
+TINY = 1e-9  # added inside logarithms, as released
+
+
+class Silence(NamedTuple):
+    """Where a loss has fallen below `below`, it is multiplied by `scale`: it is won, and stops pulling."""
+
+    below: float
+    scale: float
+
+
+# constants of the released code: of one term, and of the sums that a step of S and G, S or D goes down
+SILENCES = {
+    "original_to_d": Silence(0.1, 1e-4),
+    "adversarial": Silence(0.16, 1e-3),
+    "segmentation": Silence(0.064, 1e-2),
+    "discriminator": Silence(0.16, 1e-6),
+}
+
+
+def silenced(loss: Tensor, silence: Silence | None) -> Tensor:
+    """Scale a loss down once it is small; None leaves it alone."""
+    if silence is None:
+        return loss
+    return torch.where(loss < silence.below, loss * silence.scale, loss)
+
+
+def _probability(probability: Tensor, target: Tensor) -> Tensor:
+    """The probability in float32 at least; refused where its shape is not the target's."""
+    if probability.shape != target.shape:
+        shapes = f"{tuple(probability.shape)} and target {tuple(target.shape)}"
+        raise ValueError(f"probability {shapes} differ in shape")
+    return probability.to(torch.promote_types(probability.dtype, torch.float32))
+
+
+def focal_loss(probability: Tensor, target: Tensor) -> Tensor:
+    """GASNet's focal loss where much is unlabelled: -[y log p (2 - p)^2 + (1 - y) log(1 - p) (1 + p)^2].
+
+    Summed over the voxels that count and divided by their number. Unlike the usual focal factors these go
+    from 4 for a wrong voxel to 1 for a right one: none is let off.
+
+    Parameters
+    ----------
+    probability, target : Tensor
+        Of one shape; the target 0 or 1, any other value is ignored.
+    """
+    p = _probability(probability, target)
+    ones, zeros = target == 1, target == 0
+    lesion = torch.log(p + TINY) * (2 - p) ** 2
+    rest = torch.log(1 - p + TINY) * (1 + p) ** 2
+    counted = (ones.sum() + zeros.sum()).clamp(min=1)
+    return -(ones * lesion + zeros * rest).sum() / counted
+
+
+def balanced_focal_loss(probability: Tensor, target: Tensor) -> Tensor:
+    """Focal loss with the few lesion voxels lifted: -2 mean[w y log p (1 - p)^2 + (1 - y) log(1 - p) p^2].
+
+    w = #zeros / (#ones + 1), counted over the batch.
+
+    Parameters
+    ----------
+    probability, target : Tensor
+        Of one shape; the target 0 or 1.
+    """
+    p = _probability(probability, target)
+    ones, zeros = target == 1, target == 0
+    weight = zeros.sum() / (ones.sum() + 1)
+    lesion = torch.log(p + TINY) * (1 - p) ** 2
+    rest = torch.log(1 - p + TINY) * p**2
+    return -2 * (weight * ones * lesion + zeros * rest).mean()
+
+
+def compose(volume: Tensor, generated: Tensor, mask: Tensor, lungs: Tensor) -> Tensor:
+    """The synthetic volume x~ = m l G(x) + (1 - m l) x: lesions replaced by what G made of them.
+
+    With a healthy volume in place of `volume` and a diseased one in place of `generated` it pastes lesions:
+    h (1 - m l) + x m l, the input of `paste_loss`; the released code takes the lungs of the healthy volume.
+    """
+    inside = mask * lungs
+    return generated * inside + volume * (1 - inside)
+
+
+def _judged(logit: Tensor, diseased: bool) -> Tensor:
+    """BCE of D's verdict against one label for all volumes of a batch."""
+    logit = logit.to(torch.promote_types(logit.dtype, torch.float32))
+    return F.softplus(-logit if diseased else logit).mean()
+
+
+def adversarial_loss(composed: Tensor) -> Tensor:
+    """For S and G: D shall call the synthetic volume healthy, BCE(D(x~), 0).
+
+    Not the saturating form of the first GANs: its gradient is largest while D is not fooled.
+    """
+    return _judged(composed, diseased=False)
+
+
+def generated_to_d_loss(generated: Tensor, diseased: bool = False, progress: float = 0.0) -> Tensor:
+    """`genImgToD`: what G makes of a diseased volume is judged as a whole, not only where S found lesions.
+
+    Parameters
+    ----------
+    generated : Tensor
+        D's logits of G(x).
+    diseased : bool
+        False for the step of S and G, BCE(D(G(x)), 0); True for D's, BCE(D(G(x)), 1) x (1 - progress).
+    progress : float
+        Share of the iterations that are over, t / T; it counts for D alone.
+    """
+    if not 0 <= progress <= 1:
+        raise ValueError(f"progress={progress}: the share of the iterations that are over is from 0 to 1")
+    loss = _judged(generated, diseased)
+    return loss * (1 - progress) if diseased else loss
+
+
+def original_to_d_loss(original: Tensor, silence: Silence | None = SILENCES["original_to_d"]) -> Tensor:
+    """`origImgToD`, for D: the diseased volume as it came is diseased, BCE(D(x), 1)."""
+    return silenced(_judged(original, diseased=True), silence)
+
+
+def discriminator_loss(composed: Tensor, healthy: Tensor) -> Tensor:
+    """D's own: the synthetic volume is diseased and the healthy one is not, BCE(D(x~), 1) + BCE(D(h), 0)."""
+    return _judged(composed, diseased=True) + _judged(healthy, diseased=False)
+
+
+def reconstruction_loss(generated: Tensor, healthy: Tensor) -> Tensor:
+    """`recons`, for G: nothing is to be healed in a healthy volume, mean |G(h) - h|."""
+    return (generated - healthy).abs().mean()
+
+
+def paste_target(mask: Tensor, lungs: Tensor) -> Tensor:
+    """What S shall find of a pasted lesion: 1 where m l > 0.8, 0 where m l <= 0.2, 2 (ignored) between."""
+    inside = mask * lungs
+    return torch.where(inside > 0.8, 1, torch.where(inside > 0.2, 2, 0))
+
+
+def paste_loss(found: Tensor, mask: Tensor, lungs: Tensor) -> Tensor:
+    """`perception`, for S: a lesion pasted into healthy lungs must be found where it was pasted.
+
+    Parameters
+    ----------
+    found : Tensor
+        S's probability in `compose(healthy, sick, mask, lungs)`, that volume and the mask being detached.
+    mask : Tensor
+        S's probability in the diseased volume; no gradient goes to it.
+    lungs : Tensor
+        The mask that the pasting used.
+    """
+    return focal_loss(found, paste_target(mask.detach(), lungs))
+
+
+def multiple_instance_loss(probability: Tensor, lungs: Tensor, official: bool = False) -> Tensor:
+    """`MIL`, for S: a diseased volume has a lesion somewhere, so the largest m l of each must be 1; BCE.
+
+    Parameters
+    ----------
+    probability, lungs : Tensor
+        (N, 1, D, H, W).
+    official : bool
+        With the released second sigmoid, as if m were a logit: the loss never falls below 0.313.
+    """
+    largest = (probability * lungs).flatten(1).amax(1)
+    if official:
+        return _judged(largest, diseased=True)
+    return -torch.log(largest.to(torch.promote_types(largest.dtype, torch.float32)) + TINY).mean()
+
+
+def healthy_loss(probability: Tensor) -> Tensor:
+    """For S: nothing is lesion in a healthy volume, the focal loss against 0."""
+    return focal_loss(probability, torch.zeros_like(probability))
+
+
+def labelled_loss(probability: Tensor, lesions: Tensor) -> Tensor:
+    """For S: the lesions of the one voxel-labelled volume, the balanced focal loss (0 or 1 in each voxel)."""
+    return balanced_focal_loss(probability, lesions)

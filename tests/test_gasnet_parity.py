@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_parity import FIXTURES, normal, official_weights, relative
 
+from covidnb.losses import balanced_focal_loss, focal_loss
 from covidnb.nets import Discriminator, Generator, Segmenter, load_official
 
 pytestmark = pytest.mark.parity
@@ -86,3 +87,12 @@ def test_faults_are_named(described):
     assert "missing: plane.1.0.parametrizations.weight.0._u" in message
     assert "layer.weight is (1, 512), expected (1, 25600)" in message
     assert "unknown: cov7.0.bias" in message
+
+
+def test_focal_losses(numbers):
+    p = torch.sigmoid(torch.from_numpy(normal("seg_logits", (2, 8, 16, 16)).astype(np.float32)))
+    with_ignored = torch.from_numpy(numbers["gasnet_loss.t2"])
+    labels = torch.from_numpy((normal("seg_t", (2, 8, 16, 16)) > 0.8).astype(np.float32))
+    assert (with_ignored == 2).any()
+    assert relative(focal_loss(p, with_ignored), numbers["gasnet_loss.focal_ignore"]) < 1e-5
+    assert relative(balanced_focal_loss(p, labels), numbers["gasnet_loss.balanced_focal"]) < 1e-5

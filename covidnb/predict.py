@@ -18,9 +18,9 @@ from covidnb.ct import CTError, read_ct, write_like
 from covidnb.files import whole
 from covidnb.lungs import segment_lungs
 from covidnb.metrics import infected_share
-from covidnb.nets.infnet import InfNet, resize
+from covidnb.nets.infnet import resize
 from covidnb.slices import lung_slices, network_input
-from covidnb.training.infnet import load_network
+from covidnb.training.infnet import load_network, outputs
 from covidnb.training.run import ConfigError, versions
 
 BATCH = 8  # slices that go through the network at once
@@ -28,13 +28,13 @@ THRESHOLD = 0.5  # a voxel is lesion from this probability on
 
 
 @torch.no_grad()
-def lesion_probability(net: InfNet, ct: sitk.Image, lungs: sitk.Image, size: int) -> np.ndarray:
+def lesion_probability(net: torch.nn.Module, ct: sitk.Image, lungs: sitk.Image, size: int) -> np.ndarray:
     """Run a slice network over a scan, slice by slice, as it was trained: lung window, cropped to the lungs.
 
     Parameters
     ----------
-    net : InfNet
-        In evaluation mode.
+    net : Module
+        Of `load_network`, in evaluation mode.
     ct, lungs : SimpleITK.Image
         LPS, in HU, and the lungs on the same grid.
     size : int
@@ -52,7 +52,8 @@ def lesion_probability(net: InfNet, ct: sitk.Image, lungs: sitk.Image, size: int
     for start in tqdm(range(0, len(slices), BATCH), desc="slices", unit=f"{BATCH} slices"):
         some = slices[start : start + BATCH]
         inputs = torch.stack([network_input(grey, size) for _, grey, _ in some]).to(device)
-        for (z, grey, box), logits in zip(some, net(inputs).side2.float().cpu(), strict=True):
+        maps = outputs(net, inputs).prediction.float().cpu()
+        for (z, grey, box), logits in zip(some, maps, strict=True):
             probability[z][box] = torch.sigmoid(resize(logits[None], grey.shape))[0, 0].numpy()
     return np.where(inside, probability, np.float32(0))
 

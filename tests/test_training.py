@@ -13,12 +13,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
 from covidnb.files import whole
+from covidnb.nets import InfNet
+from covidnb.training import infnet
 from covidnb.training import run as run_module
 from covidnb.training.infnet import InfNetConfig, load_network, predict_slices, split_slices, train
+from covidnb.training.loop import JointBatches, has_stalled
 from covidnb.training.run import ConfigError, Run, notebook_parameters, parse_config
 from covidnb.training.threshold import GreyBand
 
@@ -94,6 +99,18 @@ class TestConfig:
         rates = [config.learning_rate(e) for e in (0, 49, 50, 99)]
         assert rates == pytest.approx([1e-4, 1e-4, 1e-5, 1e-5])
 
+    def test_released_schedule_stops_training(self):
+        config = InfNetConfig(official_schedule=True)
+        rates = [config.learning_rate(e) for e in (49, 50, 51, 53)]
+        assert rates == pytest.approx([1e-4, 1e-5, 1e-6, 1e-8])
+
+    @pytest.mark.parametrize(
+        "values", [{"patience": 2, "fold": 0}, {"batch": 5, "devices": 2}, {"devices": 0}]
+    )
+    def test_values_that_need_others_are_refused(self, values):
+        with pytest.raises(ConfigError, match="parameter '"):
+            InfNetConfig(**values)
+
     def test_notebook_parameters_are_its_plain_values(self):
         names = {"data": "x", "epochs": 3, "_hidden": 1, "In": [], "Out": {}, "Path": Path, "fold": None}
         assert notebook_parameters(names) == {"data": "x", "epochs": 3, "fold": None}
@@ -148,7 +165,7 @@ class TestRunFolder:
     def test_weights_of_another_network_are_refused(self, tmp_path):
         run = Run(tmp_path, InfNetConfig())
         run.save_weights(torch.nn.Linear(3, 3))
-        with pytest.raises(ConfigError, match="holds a Linear, not an InfNet"):
+        with pytest.raises(ConfigError, match="holds a Linear, not one of InfNet, UNet"):
             load_network(run.weights_path)
 
     def test_other_files_are_refused_as_weights(self, tmp_path):
@@ -193,7 +210,9 @@ def test_learns_discs_and_fills_the_run_folder(tiny, tmp_path):
     config = replace(tiny, epochs=30, drop_epoch=25)
     run = train(config, tmp_path)
     files = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
-    assert files == {
+    events = {name for name in files if name.startswith("tensorboard/events.out.tfevents.")}
+    assert len(events) == 1
+    assert files - events == {
         "config.json",
         "log.csv",
         "checkpoint/last.pt",
@@ -242,6 +261,180 @@ def test_killed_and_resumed_equals_uninterrupted(tiny, tmp_path):
     for name in ("weights.safetensors", "predictions/patient9_2.png"):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert epochs_logged(out) == 6
+
+
+@pytest.mark.parametrize(
+    "part",
+    [{"network": "unet", "width": 8}, {"network": "unet++", "width": 4}]
+    + [{"edge": e, "reverse": r} for e, r in ((False, False), (True, False), (False, True))],
+)
+def test_baselines_and_parts_learn_by_the_same_loop(tiny, tmp_path, part):
+    config = replace(tiny, epochs=6, drop_epoch=6, lr=3e-3, **part)
+    run = train(config, tmp_path)
+    losses = np.genfromtxt(tmp_path / "log.csv", delimiter=",", names=True)
+    assert losses["total"][-1] < 0.9 * losses["total"][0]
+    net, its_config = load_network(run.weights_path)
+    assert its_config == config
+    _, held_out = split_slices(config)
+    assert predict_slices(net, held_out, 64)[0].shape == (64, 64)
+
+
+def test_parts_have_the_outputs_that_they_name():
+    x = torch.zeros(1, 3, 64, 64)
+    with torch.no_grad():
+        for edge, reverse in ((False, False), (True, False), (False, True), (True, True)):
+            out = InfNet("efficientnet_lite0", edge=edge, reverse=reverse).eval()(x)
+            assert (out.edge is not None) == edge
+            assert (out.side2 is not None) == (edge or reverse)
+            assert out.prediction is (out.side2 if edge or reverse else out.global_map)
+
+
+def test_validation_is_logged_and_pictured(tiny, tmp_path):
+    config = replace(tiny, epochs=3, fold=1, validate_every=2, size=32)
+    train(config, tmp_path)
+    rows = (tmp_path / "log.csv").read_text().splitlines()
+    assert rows[0].endswith("meanDic,dice_at_0.5") and rows[1].endswith(",,") and not rows[2].endswith(",")
+    pictures = list((tmp_path / "validation").iterdir())
+    assert [p.name for p in pictures] == ["epoch_0002.png"]
+    width, height = Image.open(pictures[0]).size
+    assert height == 3 * 128 and width == 128 * len(split_slices(config)[1])
+
+
+@pytest.mark.parametrize(
+    ("scores", "patience", "stalled"),
+    [([], 1, False), ([0.1, 0.3, 0.2], 1, True), ([0.1, 0.3, 0.2], 2, False), ([0.5, 0.1, 0.1], 0, False)]
+    + [([0.3, 0.1, 0.2], 2, True), ([0.1, 0.2, 0.3], 1, False)],
+)
+def test_stalls_after_patience(scores, patience, stalled):
+    rows = [row for s in scores for row in ({"meanDic": s}, {"total": 1.0})]
+    assert has_stalled(rows, patience) == stalled
+
+
+def test_early_stop_keeps_the_best_weights(tiny, tmp_path, monkeypatch):
+    """The held-out fold improves once; the run stops two validations later with the weights of that epoch."""
+    scores, seen = iter([0.2, 0.5, 0.4, 0.3, 0.9]), []
+
+    def validate(files, size, net):
+        seen.append({k: v.clone() for k, v in net.state_dict().items()})
+        return {"meanDic": next(scores), "dice_at_0.5": 0.0}, np.zeros((3, 3, 3), np.uint8)
+
+    monkeypatch.setattr(infnet, "validate", validate)
+    config = replace(tiny, epochs=9, fold=1, validate_every=1, patience=2, size=32)
+    run = train(config, tmp_path)
+    assert epochs_logged(tmp_path) == 4
+    stored = load_network(run.weights_path)[0].state_dict()
+    assert all(torch.equal(stored[k], seen[1][k]) for k in stored)
+    weights = run.weights_path.read_bytes()
+    (tmp_path / "metrics.json").unlink()
+    train(config, tmp_path)  # a crash before the scores: the stop and the best weights are remembered
+    assert epochs_logged(tmp_path) == 4 and run.weights_path.read_bytes() == weights
+
+
+def test_warm_start_goes_on_from_other_weights(tiny, tmp_path):
+    first = train(replace(tiny, epochs=1, size=32), tmp_path / "first")
+    second = replace(tiny, epochs=1, size=32, start=str(first.weights_path), lr=1e-9)
+    stored = load_network(train(second, tmp_path / "second").weights_path)[0].state_dict()
+    for name, value in load_network(first.weights_path)[0].named_parameters():
+        torch.testing.assert_close(stored[name], value, rtol=0, atol=1e-6)
+    with pytest.raises(ConfigError, match="'start': .* has edge True, this run False"):
+        train(replace(second, edge=False), tmp_path / "third")
+
+
+def test_bf16_learns_what_float32_does(tiny, tmp_path):
+    losses = []
+    for precision in ("32-true", "bf16-mixed"):
+        train(replace(tiny, epochs=2, precision=precision), tmp_path / precision)
+        losses.append(np.genfromtxt(tmp_path / precision / "log.csv", delimiter=",", names=True)["total"])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=0.02)
+
+
+def test_lack_of_memory_is_advice(tiny, tmp_path, monkeypatch):
+    def hungry(*_):
+        return torch.empty(2**60, dtype=torch.uint8)
+
+    monkeypatch.setattr(infnet, "training_step", hungry)
+    with pytest.raises(ConfigError, match="out of memory with 'batch' 5 .* try batch 2, precision"):
+        train(tiny, tmp_path)
+    assert not (tmp_path / "weights.safetensors").exists()
+
+
+class TestJointBatches:
+    @given(st.integers(1, 30), st.integers(1, 9), st.integers(1, 4), st.integers(0, 3))
+    def test_shares_make_up_the_joint_batches(self, length, batch, world, epoch):
+        def drawn(rank, world):
+            batches = JointBatches(length, batch, 7, rank, world)
+            batches.epoch = epoch
+            return list(batches)
+
+        joint = drawn(0, 1)
+        assert sorted(k for some in joint for k in some) == list(range(length))
+        shares = [drawn(rank, world) for rank in range(world)]
+        for whole_batch, *parts in zip(joint, *shares, strict=True):
+            assert len({len(part) for part in parts}) == 1  # nobody waits for the others in vain
+            together = [k for part in parts for k in part]
+            assert set(together) == set(whole_batch) and len(together) - len(whole_batch) < world
+
+    def test_epochs_differ_and_repeat(self):
+        batches = JointBatches(20, 4, 0)
+        first = list(batches)
+        batches.epoch = 1
+        assert list(batches) != first
+        batches.epoch = 0
+        assert list(batches) == first
+
+
+@pytest.mark.slow
+def test_two_processes_learn_as_one(tiny, tmp_path):
+    """Under torchrun, by gloo: the same losses as one process with the joint batch, batch norms included."""
+    config = replace(tiny, epochs=4, batch=10, lr=1e-4)  # small steps: rounding does not grow
+    train(config, tmp_path / "one")
+    train(replace(config, devices=2), tmp_path / "two")
+    one, two = (
+        np.genfromtxt(tmp_path / name / "log.csv", delimiter=",", names=True) for name in ("one", "two")
+    )
+    np.testing.assert_allclose(two["total"], one["total"], rtol=2e-3)
+    assert json.loads((tmp_path / "two" / "metrics.json").read_text())["slices"]["evaluated"] == 3
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_same_first_step(tmp_path):
+    """A step of two processes equals the joint step to rounding: loss, gradients, running statistics."""
+    script = tmp_path / "step.py"
+    script.write_text(JOINT_STEP)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*command, str(script)], check=True, stderr=subprocess.DEVNULL)
+
+
+JOINT_STEP = """
+import torch
+from lightning_fabric import Fabric
+from covidnb.losses import infnet_loss
+from covidnb.nets import InfNet
+from covidnb.training.loop import join_batch_norms
+
+def step(net, x, m, backward):
+    loss = infnet_loss(net(x), m, m).total
+    backward(loss)
+    return loss.detach()
+
+torch.manual_seed(0)
+x, m = torch.randn(4, 3, 64, 64), (torch.rand(4, 1, 64, 64) > 0.7).float()
+alone = InfNet("efficientnet_lite0").double()
+shared = InfNet("efficientnet_lite0").double()
+shared.load_state_dict(alone.state_dict())
+expected = step(alone, x.double(), m.double(), torch.Tensor.backward)
+fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp")
+fabric.launch()
+join_batch_norms(shared)
+net = fabric.setup(shared)
+mine = slice(fabric.global_rank, None, 2)
+loss = fabric.all_reduce(step(net, x[mine].double(), m[mine].double(), fabric.backward))
+torch.testing.assert_close(loss, expected)
+for (name, p), q in zip(shared.named_parameters(), alone.parameters(), strict=True):
+    torch.testing.assert_close(p.grad, q.grad, rtol=1e-6, atol=1e-9, msg=name)
+for (name, p), q in zip(shared.named_buffers(), alone.buffers(), strict=True):
+    torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-9, msg=name)
+"""
 
 
 def epochs_logged(folder: Path) -> int:

@@ -108,7 +108,7 @@ class ReverseAttention(nn.Module):
 
     A has one channel and the 1x1 projection no bias, so A * project(f) = project(A * f): attending after
     the projection is the same function with a fraction of the multiplications.
-    Without `reverse` the features are taken as they are (A = 1), without `guided` no edge guidance joins them.
+    Without `reverse` the features are taken as they are (A = 1); without `guided` no edge guidance joins.
     """
 
     def __init__(

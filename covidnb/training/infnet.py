@@ -1,43 +1,65 @@
-"""Training Inf-Net on slices (Fan et al., IEEE TMI 2020, Sec. IV): multi-scale steps, deep supervision.
+"""Training Inf-Net, and its baselines, on slices (Fan et al., IEEE TMI 2020, Sec. IV): multi-scale steps,
+deep supervision.
 
 `python -m covidnb.training.infnet CONFIG.json RUN_FOLDER` starts a run, or goes on with it.
 """
 
 import argparse
 import json
-import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 from lightning_fabric import Fabric
-from torch import nn
+from PIL import Image
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from covidnb.files import whole
 from covidnb.losses import InfNetLoss, infnet_loss
 from covidnb.metrics import dice_at, null_nan, slice_scores
-from covidnb.nets import InfNet
+from covidnb.nets import InfNet, InfNetOutput, UNet, UNetPlusPlus
 from covidnb.nets.infnet import resize
-from covidnb.slices import InfectionSlices, SliceFiles, fold, list_slices, read_mask, semiseg_root
+from covidnb.slices import (
+    InfectionSlices,
+    SliceFiles,
+    fold,
+    list_slices,
+    read_image,
+    read_mask,
+    semiseg_root,
+)
+from covidnb.training.loop import fit, launch, memory_advice, start_fabric, under_torchrun
 from covidnb.training.run import ConfigError, Run, parse_config, read_weights, versions
+
+PICTURED = 6  # held-out slices in the picture of a validation
 
 
 @dataclass(frozen=True)
 class InfNetConfig:
-    """What an Inf-Net run depends on. The defaults are the paper's recipe; `data` is the embedded set."""
+    """What a run on infection slices depends on. Defaults: the paper's recipe, on the embedded data."""
 
     data: str = "phantom"
     """"phantom", "covid-semiseg", or a folder in the COVID-SemiSeg layout."""
     fold: int | None = None
     """The training fold held out for evaluation; None trains on all and evaluates on the test part."""
+    network: Literal["infnet", "unet", "unet++"] = "infnet"
+    """Inf-Net, or a baseline that learns by the same loss, on its one output."""
+    width: int | None = None
+    """Channels of a baseline's first level; None: 64 for U-Net, 32 for U-Net++."""
     backbone: str = "res2net50"
-    """A name of covidnb.nets.backbones.BACKBONES."""
+    """Inf-Net's: a name of covidnb.nets.backbones.BACKBONES."""
     pretrained: bool = True
     """Start the backbone from ImageNet weights, as the paper does."""
+    edge: bool = True
+    """Inf-Net with edge guidance."""
+    reverse: bool = True
+    """Inf-Net with reverse attention; with neither it ends at the partial decoder's global map."""
+    start: str = ""
+    """weights.safetensors of a run of the same network to start from; empty: from the backbone alone."""
     size: int = 352
     """Side of the square that slices are resized to, in pixels; a multiple of 32."""
     scales: tuple[float, ...] = (0.75, 1.0, 1.25)
@@ -50,6 +72,8 @@ class InfNetConfig:
     """Adam's learning rate."""
     drop_epoch: int = 50
     """From this epoch on the learning rate is a tenth."""
+    official_schedule: bool = False
+    """The released schedule: from `drop_epoch` on, a tenth again at every epoch."""
     clamp: float = 0.5
     """Gradients are clamped to plus or minus this value, element by element."""
     augment: bool = False
@@ -58,13 +82,19 @@ class InfNetConfig:
     """The released structure loss, whose weights never reach the BCE term."""
     validate_every: int = 0
     """Score the held-out fold every so many epochs; 0 only at the end."""
+    patience: int = 0
+    """Stop after so many validations without a better one, and keep the best weights; 0: never."""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     """Arithmetic of the forward pass."""
+    compile: bool = False
+    """torch.compile the network: minutes at the start, faster steps on a GPU."""
+    devices: int = 1
+    """Processes that share each batch, a GPU each where there are any; started by torchrun."""
     seed: int = 0
     """Of the weights' start, the order of the slices and the augmentation."""
 
     def __post_init__(self):
-        for name in ("size", "batch", "epochs"):
+        for name in ("size", "batch", "epochs", "devices"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"parameter {name!r} must be at least 1, got {getattr(self, name)}")
         if self.size % 32:
@@ -77,10 +107,15 @@ class InfNetConfig:
             raise ConfigError(
                 "parameter 'validate_every' needs a 'fold' to score: the test part is for the end"
             )
+        if self.patience and not self.validate_every:
+            raise ConfigError("parameter 'patience' counts validations: set 'validate_every' and 'fold' too")
+        if self.batch % self.devices:
+            raise ConfigError(f"parameter 'batch' must be a multiple of 'devices', got {self.batch}")
 
     def learning_rate(self, epoch: int) -> float:
-        """Learning rate of an epoch, counted from 0 (the released code drops it again at every later one)."""
-        return self.lr * (0.1 if epoch >= self.drop_epoch else 1.0)
+        """Learning rate of an epoch, counted from 0."""
+        drops = max(0, epoch - self.drop_epoch + 1)
+        return self.lr * 0.1 ** (drops if self.official_schedule else min(drops, 1))
 
     def side(self, scale: float) -> int:
         """Side of the training square at one scale: the nearest multiple of 32, at least 32."""
@@ -150,19 +185,33 @@ def split_slices(config: InfNetConfig) -> tuple[list[SliceFiles], list[SliceFile
     return fold(train, config.fold, splits)
 
 
+def build(config: InfNetConfig, pretrained: bool = False) -> nn.Module:
+    """Make the network that a config names, with the backbone's ImageNet weights if asked for."""
+    if config.network == "infnet":
+        return InfNet(config.backbone, pretrained, edge=config.edge, reverse=config.reverse)
+    kind = {"unet": UNet, "unet++": UNetPlusPlus}[config.network]
+    return kind() if config.width is None else kind(width=config.width)
+
+
+def outputs(net: nn.Module, images: Tensor) -> InfNetOutput:
+    """Logits of any of the networks: a baseline's one map is its finest."""
+    out = net(images)
+    return InfNetOutput(None, None, None, out, None) if isinstance(out, Tensor) else out
+
+
 def training_step(net: nn.Module, batch: dict, side: int, official: bool = False) -> InfNetLoss:
     """Loss of one batch resized to `side` x `side` pixels, targets too."""
     images, masks, edges = (
         x if x.shape[-1] == side else resize(x, (side, side), align_corners=True)
         for x in (batch["image"], batch["mask"], batch["edge"])
     )
-    return infnet_loss(net(images), masks, edges, official=official)
+    return infnet_loss(outputs(net, images), masks, edges, official=official)
 
 
-def train_epoch(fabric: Fabric, net, optimizer, loader, config: InfNetConfig, progress) -> dict[str, float]:
+def train_epoch(fabric: Fabric, config: InfNetConfig, net, optimizer, loader, progress) -> dict[str, Tensor]:
     """Train for one epoch; return the mean of each loss term over its steps."""
     net.train()
-    totals, steps = torch.zeros(len(InfNetLoss._fields), device=fabric.device), 0
+    totals, steps = {}, 0
     for batch in loader:
         for scale in config.scales:
             optimizer.zero_grad()
@@ -170,22 +219,24 @@ def train_epoch(fabric: Fabric, net, optimizer, loader, config: InfNetConfig, pr
             fabric.backward(loss.total)
             nn.utils.clip_grad_value_(net.parameters(), config.clamp)
             optimizer.step()
-            totals += torch.stack([term.detach().float() for term in loss])
+            for name, term in loss._asdict().items():
+                if term is not None:
+                    totals[name] = totals.get(name, 0) + term.detach().float()
             steps += 1
             progress.update()
-    return dict(zip(InfNetLoss._fields, (totals / steps).tolist(), strict=True))
+    return {name: total / steps for name, total in totals.items()}
 
 
 @torch.no_grad()
 def predict_slices(net: nn.Module, files: list[SliceFiles], size: int, batch: int = 8) -> list[np.ndarray]:
-    """Lesion probability sigmoid(S_2) of each slice, float32 at the slice's own size."""
+    """Lesion probability of each slice (Inf-Net: sigmoid(S_2)), float32 at the slice's own size."""
     was_training = net.training
     net.eval()
     device = next(net.parameters()).device
     shapes = [read_mask(f.mask).shape for f in files]
     maps = []
     for items in DataLoader(InfectionSlices(files, size), batch_size=batch):
-        logits = net(items["image"].to(device)).side2.float().cpu()
+        logits = outputs(net, items["image"].to(device)).prediction.float().cpu()
         for one in logits:
             maps.append(torch.sigmoid(resize(one[None], shapes[len(maps)]))[0, 0].numpy())
     net.train(was_training)
@@ -201,95 +252,118 @@ def score(maps: list[np.ndarray], files: list[SliceFiles]) -> dict:
     return {"dice_at_0.5": dice_at(maps, truths), **scores}
 
 
+def picture(files: list[SliceFiles], maps: list[np.ndarray], side: int = 128) -> np.ndarray:
+    """Slices over their true masks over the network's maps, uint8 (3 side, N side, 3): a glance at a run."""
+
+    def square(plane: np.ndarray) -> np.ndarray:
+        return np.asarray(Image.fromarray(plane).resize((side, side), Image.BILINEAR))
+
+    columns = [
+        np.concatenate([square(read_image(f.image)), square(read_mask(f.mask)), square(np.uint8(255 * m))])
+        for f, m in zip(files, maps, strict=True)
+    ]
+    return np.repeat(np.concatenate(columns, axis=1)[..., None], 3, axis=2)
+
+
+def validate(files: list[SliceFiles], size: int, net: nn.Module) -> tuple[dict, np.ndarray]:
+    """Scores of a network on held-out slices, for the log, and a picture of the first of them."""
+    maps = predict_slices(net, files, size)
+    scores = score(maps, files)
+    return {k: scores[k] for k in ("meanDic", "dice_at_0.5")}, picture(files[:PICTURED], maps[:PICTURED])
+
+
 def write_predictions(folder: Path, files: list[SliceFiles], maps: list[np.ndarray]) -> None:
     """Write each map as an 8-bit PNG, 255 for certain lesion; not stretched, so 0.5 stays at 127.5."""
-    from PIL import Image
-
     for f, probability in zip(files, maps, strict=True):
         with whole(folder / f"{f.name}.png") as part:
             Image.fromarray(np.round(probability * 255).astype(np.uint8)).save(part, format="png")
 
 
 def train(config: InfNetConfig, out: str | Path) -> Run:
-    """Train and evaluate Inf-Net in a run folder; a folder that has begun goes on from its checkpoint.
+    """Train and evaluate in a run folder; a folder that has begun goes on from its checkpoint.
 
     Everything random is drawn from (seed, epoch, index), and checkpoints are taken between epochs, so a
-    killed and resumed run ends at the weights of an uninterrupted one: bit for bit on a CPU.
+    killed and resumed run ends at the weights of an uninterrupted one: bit for bit on a CPU. With more than
+    one device, torchrun starts the processes; those it has started already share the work.
 
     Parameters
     ----------
     config : InfNetConfig
     out : str or Path
         The run folder: config.json, log.csv, checkpoint/, weights.safetensors, metrics.json, predictions/,
-        model_card.md.
+        validation/, tensorboard/, model_card.md.
 
     Raises
     ------
     ConfigError
-        Where the folder belongs to another config, or its checkpoint cannot be read.
+        Where the folder belongs to another config, its checkpoint or the weights to start from cannot be
+        used, or memory runs out.
     """
+    if config.devices > 1 and not under_torchrun():
+        launch("covidnb.training.infnet", config, out)
+        return Run(out, config)
     files, held_out = split_slices(config)
-    run = Run(out, config)
-    fabric = Fabric(accelerator="auto", devices=1, precision=config.precision)
-    net, history = _fit(fabric, run, files, held_out)
-    if not (run.folder / "metrics.json").exists():
-        maps = predict_slices(net, held_out, config.size)
-        write_predictions(run.folder / "predictions", held_out, maps)
-        scores = score(maps, held_out)
-        run.save_weights(net)
-        run.write_card("Inf-Net", config.data, len(files), len(held_out), scores)
-        run.write_json(
-            "metrics.json",
-            {
-                "scores": null_nan(scores),
-                "slices": {"trained": len(files), "evaluated": len(held_out)},
-                "seconds": sum(row["seconds"] for row in history),
-                "versions": versions(),
-            },
-        )
+    fabric = start_fabric(config)
+    with fabric.rank_zero_first():
+        run = Run(out, config)
+    with memory_advice(config):
+        net, history = _fit(fabric, run, files, held_out)
+        if fabric.is_global_zero and not (run.folder / "metrics.json").exists():
+            _evaluate(run, net, history, len(files), held_out)
+    fabric.barrier()
     return run
 
 
 def _fit(fabric: Fabric, run: Run, files, held_out) -> tuple[nn.Module, list[dict]]:
-    """Train from the start or the last checkpoint to the last epoch; return the network and the log."""
+    """Train from the start or the last checkpoint; return the network and the log."""
     config = run.config
     saved = run.load_checkpoint()
     torch.manual_seed(config.seed)
-    bare = InfNet(config.backbone, pretrained=config.pretrained and saved is None)
-    bare = bare.to(memory_format=torch.channels_last)
-    net, optimizer = fabric.setup(bare, torch.optim.Adam(bare.parameters(), lr=config.lr))
-    history = []
-    if saved is not None:
-        bare.load_state_dict(saved["net"])
-        optimizer.load_state_dict(saved["optimizer"])
-        history = saved["history"]
+    if config.start and saved is None:
+        net = _started(config)
+    else:
+        net = build(config, pretrained=config.pretrained and saved is None)
+    net = net.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(net.parameters(), lr=config.lr)
     slices = InfectionSlices(files, config.size, augment=config.augment, seed=config.seed)
-    order = torch.Generator()
-    loader = fabric.setup_dataloaders(DataLoader(slices, config.batch, shuffle=True, generator=order))
-    steps = len(loader) * len(config.scales)
-    with tqdm(total=config.epochs * steps, initial=len(history) * steps, unit="step") as progress:
-        for epoch in range(len(history), config.epochs):
-            started = time.perf_counter()
-            order.manual_seed(config.seed * 100_003 + epoch)
-            slices.set_epoch(epoch)
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate(epoch)
-            row = {"epoch": epoch + 1, "lr": config.learning_rate(epoch)}
-            row |= train_epoch(fabric, net, optimizer, loader, config, progress)
-            row["seconds"] = round(time.perf_counter() - started, 2)
-            if config.validate_every and (epoch + 1) % config.validate_every == 0:
-                scores = score(predict_slices(net, held_out, config.size), held_out)
-                row |= {"meanDic": scores["meanDic"], "dice_at_0.5": scores["dice_at_0.5"]}
-            history.append(row)
-            run.write_log(history)
-            run.save_checkpoint(
-                {"net": bare.state_dict(), "optimizer": optimizer.state_dict(), "history": history}
+    one_epoch = partial(train_epoch, fabric, config)
+    looked_at = partial(validate, held_out, config.size)
+    history = fit(fabric, run, saved, net, optimizer, slices, one_epoch, len(config.scales), looked_at)
+    return net, history
+
+
+def _started(config: InfNetConfig) -> nn.Module:
+    """Network of a config, filled from the weights that it names as its start."""
+    net, theirs = load_network(config.start)
+    for field in ("network", "width", "backbone", "edge", "reverse"):
+        if getattr(theirs, field) != getattr(config, field):
+            raise ConfigError(
+                f"parameter 'start': {config.start} has {field} {getattr(theirs, field)!r}, this run "
+                f"{getattr(config, field)!r}: give weights of the same network"
             )
-            progress.set_postfix(epoch=epoch + 1, loss=f"{row['total']:.3f}")
-    return bare, history
+    return net
 
 
-def load_network(weights: str | Path) -> tuple[InfNet, InfNetConfig]:
+def _evaluate(run: Run, net: nn.Module, history: list[dict], trained: int, held_out) -> None:
+    """Segment the held-out slices and write what a finished run has."""
+    config = run.config
+    maps = predict_slices(net, held_out, config.size)
+    write_predictions(run.folder / "predictions", held_out, maps)
+    scores = score(maps, held_out)
+    run.save_weights(net)
+    run.write_card(type(net).__name__, config.data, trained, len(held_out), scores)
+    run.write_json(
+        "metrics.json",
+        {
+            "scores": null_nan(scores),
+            "slices": {"trained": trained, "evaluated": len(held_out)},
+            "seconds": sum(row["seconds"] for row in history),
+            "versions": versions(),
+        },
+    )
+
+
+def load_network(weights: str | Path) -> tuple[nn.Module, InfNetConfig]:
     """Build the network that a run's weights.safetensors is for, and fill it; ready to predict.
 
     Raises
@@ -298,10 +372,11 @@ def load_network(weights: str | Path) -> tuple[InfNet, InfNetConfig]:
         Where the file is missing, damaged, or another network's.
     """
     header, tensors = read_weights(weights)
-    if header["network"] != "InfNet":
-        raise ConfigError(f"{weights} holds a {header['network']}, not an InfNet")
+    kinds = [kind.__name__ for kind in (InfNet, UNet, UNetPlusPlus)]
+    if header["network"] not in kinds:
+        raise ConfigError(f"{weights} holds a {header['network']}, not one of {', '.join(kinds)}")
     config = parse_config(InfNetConfig, header["config"])
-    net = InfNet(config.backbone)
+    net = build(config)
     net.load_state_dict(tensors)
     return net.eval(), config
 

@@ -10,7 +10,9 @@ import types
 import typing
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -112,17 +114,24 @@ def notebook_parameters(names: dict) -> dict:
 
 def versions() -> dict[str, str]:
     """Name what a run's numbers depend on: Python, torch, the machine."""
-    import numpy
-
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU"
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "numpy": numpy.__version__,
+        "numpy": np.__version__,
         "platform": platform.platform(),
         "device": device,
         "threads": str(torch.get_num_threads()),
     }
+
+
+def _event_writer(folder: Path, epoch: int):
+    """TensorBoard's log from `epoch` on, what an interrupted run wrote of it dropped; False if impossible."""
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:  # a GPU box may have torch alone; log.csv says the same
+        return False
+    return SummaryWriter(str(folder), purge_step=epoch)
 
 
 class Run:
@@ -145,6 +154,7 @@ class Run:
     def __init__(self, folder: str | Path, config):
         self.folder = Path(folder)
         self.config = config
+        self._events = None
         asked = json.loads(json.dumps(dataclasses.asdict(config)))
         path = self.folder / "config.json"
         if path.exists() and self.checkpoint_path.exists():
@@ -171,8 +181,18 @@ class Run:
         with whole(self.folder / name) as part:
             part.write_text(json.dumps(content, indent=2) + "\n")
 
-    def write_log(self, history: list[dict]) -> None:
-        """Write log.csv: one row an epoch. Rewritten each time, so a resumed run has no double rows."""
+    def write_log(self, history: list[dict], picture: np.ndarray | None = None) -> None:
+        """Write log.csv, one row an epoch: rewritten each time, so a resumed run has no double rows.
+
+        Parameters
+        ----------
+        history : list of dict
+            All rows; each has "epoch".
+        picture : ndarray, optional
+            What the network makes of held-out slices, uint8 (H, W, 3), kept as validation/epoch_NNNN.png.
+
+        The last row and the picture go to TensorBoard's log too, where tensorboardX is installed.
+        """
         columns = list(dict.fromkeys(key for row in history for key in row))
         table = io.StringIO()
         writer = csv.DictWriter(table, columns, lineterminator="\n")
@@ -180,6 +200,18 @@ class Run:
         writer.writerows(history)
         with whole(self.folder / "log.csv") as part:
             part.write_text(table.getvalue())
+        last = history[-1]
+        if picture is not None:
+            with whole(self.folder / "validation" / f"epoch_{last['epoch']:04d}.png") as part:
+                Image.fromarray(picture).save(part)
+        if self._events is None:
+            self._events = _event_writer(self.folder / "tensorboard", last["epoch"])
+        if self._events:
+            for name in last.keys() - {"epoch"}:
+                self._events.add_scalar(name, last[name], last["epoch"])
+            if picture is not None:
+                self._events.add_image("validation", picture, last["epoch"], dataformats="HWC")
+            self._events.flush()
 
     def save_checkpoint(self, state: dict) -> None:
         """Write all that the next step depends on; a kill at any moment leaves the one before or this one."""

@@ -19,7 +19,7 @@ def training_curves(axes, log):
     losses, scores = axes
     for ax in axes:
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for term in ("global_map", "side4", "side3", "side2", "edge"):
+    for term in [name for name in ("global_map", "side4", "side3", "side2", "edge") if name in log]:
         losses.plot(log["epoch"], log[term], label=term, lw=2 if term == "side2" else 1)
     losses.set(xlabel="epoch", ylabel="loss", title="What training lowers")
     losses.legend()

@@ -282,10 +282,13 @@ class InfectionSlices(Dataset):
         self.epoch = epoch
 
     def _stack(self, index: int) -> torch.Tensor:
-        """Image, mask and edge as uint8 (3, size, size); decoded at first use and kept."""
+        """Image and labels of a slice as uint8 (C, size, size); decoded at first use and kept."""
         if index not in self._stacks:
-            self._stacks[index] = torch.from_numpy(_read_stack(self.files[index], self.size))
+            self._stacks[index] = torch.from_numpy(self._read(self.files[index]))
         return self._stacks[index]
+
+    def _read(self, item: SliceFiles) -> np.ndarray:
+        return _read_stack(item, self.size)
 
     def __getitem__(self, index: int) -> dict:
         stack = self._stack(index).float() / 255
@@ -350,16 +353,19 @@ def network_input(grey: np.ndarray, size: int) -> torch.Tensor:
     return _normalised(torch.tensor(_resized(grey, size))[None].float() / 255)
 
 
+def _check_size(path: Path, plane: np.ndarray, image_path: Path, image: np.ndarray) -> None:
+    """Refuse a label of another size than its image."""
+    if plane.shape != image.shape:
+        sizes = " and ".join(f"{width} x {height}" for height, width in (plane.shape, image.shape))
+        raise SliceError(f"{path} and {image_path} differ in size ({sizes} pixels): they cannot be one slice")
+
+
 def _read_stack(item: SliceFiles, size: int) -> np.ndarray:
     """Image, mask and edge of one slice, resized as the released loader does, uint8 (3, size, size)."""
     image, mask = read_image(item.image), read_mask(item.mask)
     edge = read_mask(item.edge) if item.edge else mask_edges(mask)
-    for path, other in ((item.mask, mask), (item.edge, edge)):
-        if other.shape != image.shape:
-            sizes = " and ".join(f"{width} x {height}" for height, width in (other.shape, image.shape))
-            raise SliceError(
-                f"{path} and {item.image} differ in size ({sizes} pixels): they cannot be one slice"
-            )
+    _check_size(item.mask, mask, item.image, image)
+    _check_size(item.edge, edge, item.image, image)
     return np.stack([_resized(plane, size) for plane in (image, mask, edge)])
 
 

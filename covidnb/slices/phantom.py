@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from covidnb import catalog, phantom
 from covidnb.slices import PARTS, lung_slices, mask_edges
+from covidnb.slices.multiclass import PALETTE
 
 PHANTOM = {
     "seed": 2020,
@@ -71,9 +72,7 @@ def _write_slice(root: Path, part: str, name: str, image: np.ndarray, classes: n
     mask = np.where(classes > 0, 255, 0).astype(np.uint8)
     infection, edge = Image.fromarray(mask), Image.fromarray(mask_edges(mask))
     kinds = Image.fromarray(classes)
-    kinds.putpalette(
-        [0, 0, 0, 128, 0, 0, 0, 128, 0]
-    )  # GGO red, consolidation green, as in the paper's figures
+    kinds.putpalette(PALETTE)
     written = {
         "doctor": {
             "doctor": {"GT": infection, "Edge": edge},

@@ -1,0 +1,504 @@
+"""Training on classes: ground-glass opacity against consolidation (Fan et al., IEEE TMI 2020, Sec. III-E).
+
+`python -m covidnb.training.multiclass CONFIG.json RUN_FOLDER` starts a run, or goes on with it.
+"""
+
+import argparse
+import json
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from PIL import Image
+from torch import Tensor, nn
+
+from covidnb.losses import MultiClassLoss, multiclass_bce_loss, multiclass_dice_loss
+from covidnb.metrics import dice_at, null_nan, slice_scores
+from covidnb.nets import DeepLabV3Plus, FCN8s, MultiClassUNet, UNet
+from covidnb.nets.infnet import resize
+from covidnb.slices import SliceFiles, fold, list_slices, read_classes, read_image, semiseg_root
+from covidnb.slices.multiclass import (
+    CLASSES,
+    PALETTE,
+    MultiClassSlices,
+    class_input,
+    read_prior,
+    write_classes,
+)
+from covidnb.training import infnet
+from covidnb.training.loop import fit, launch, memory_advice, start_fabric, under_torchrun
+from covidnb.training.run import ConfigError, Run, parse_config, read_weights, versions
+
+PICTURED = 6  # held-out slices in the picture of a validation
+
+
+@dataclass(frozen=True)
+class MultiClassConfig:
+    """What a run on classes depends on. Defaults: the paper's recipe, on the embedded data."""
+
+    data: str = "phantom"
+    """"phantom", "covid-semiseg", or a folder in the COVID-SemiSeg layout."""
+    fold: int | None = None
+    """The training fold held out for evaluation; None trains on all and evaluates on the test part."""
+    network: Literal["unet", "fcn8s", "deeplab"] = "unet"
+    """The paper's multi-class U-Net, FCN8s or DeepLabV3+."""
+    backbone: str = "resnet50"
+    """Of FCN8s and DeepLabV3+: a name of covidnb.nets.backbones.BACKBONES."""
+    pretrained: bool = True
+    """Start the backbone from ImageNet weights."""
+    output_stride: Literal[8, 16] = 16
+    """Of DeepLabV3+."""
+    prior: str = "label"
+    """Infection prior of the training slices: "label" (the doctor's), a folder of maps, or "none"."""
+    prior_noise: float = 0.0
+    """Training priors are made imperfect, up to this strength: see imperfect_prior."""
+    eval_prior: str = ""
+    """That of the evaluated slices: a folder of maps, the weights.safetensors of an Inf-Net run, or "label",
+    which tells how well a perfect prior would do. Never assumed: a run with a prior must name it."""
+    channel_order: Literal["plain", "official"] = "plain"
+    """"official": the released one-hot, in which class k lands in channel k - 1."""
+    size: int = 352
+    """Side of the square that slices are resized to, in pixels; a multiple of 32."""
+    batch: int = 16
+    """Slices a step."""
+    epochs: int = 200
+    """Passes over the training slices."""
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    lr: float = 1e-2
+    """The optimizer's learning rate."""
+    momentum: float = 0.7
+    """SGD's."""
+    drop_epoch: int = 200
+    """From this epoch on the learning rate is a tenth; the paper's stays as it is."""
+    loss: Literal["bce", "dice"] = "bce"
+    """"bce": the paper's, each class against the rest; "dice": weighted softmax cross-entropy, and Dice."""
+    class_weights: tuple[float, ...] = (1.0, 1.0, 1.0)
+    """Of background, GGO and consolidation in the cross-entropy of the "dice" loss."""
+    augment: bool = False
+    """Flips, quarter turns, small affine and grey-value changes; the paper has none."""
+    validate_every: int = 0
+    """Score the held-out fold every so many epochs; 0 only at the end."""
+    patience: int = 0
+    """Stop after so many validations without a better one, and keep the best weights; 0: never."""
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    """Arithmetic of the forward pass."""
+    compile: bool = False
+    """torch.compile the network: minutes at the start, faster steps on a GPU."""
+    devices: int = 1
+    """Processes that share each batch, a GPU each where there are any; started by torchrun."""
+    seed: int = 0
+    """Of the weights' start, the order of the slices, the augmentation and the noise of the priors."""
+
+    def __post_init__(self):
+        for name in ("size", "batch", "epochs", "devices"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"parameter {name!r} must be at least 1, got {getattr(self, name)}")
+        if self.size % 32:
+            raise ConfigError(f"parameter 'size' must be a multiple of 32, got {self.size}")
+        if not 0 < self.lr < 1:
+            raise ConfigError(f"parameter 'lr' must lie between 0 and 1, got {self.lr}")
+        if self.prior_noise < 0:
+            raise ConfigError(f"parameter 'prior_noise' must not be negative, got {self.prior_noise}")
+        if len(self.class_weights) != 3 or min(self.class_weights) < 0:
+            raise ConfigError(
+                f"parameter 'class_weights' needs three weights of at least 0, got {self.class_weights}"
+            )
+        if self.eval_prior and not self.takes_prior:
+            raise ConfigError("parameter 'eval_prior' needs a 'prior': the network was to learn without one")
+        if self.channel_order == "official" and self.loss != "bce":
+            raise ConfigError(
+                "parameter 'channel_order': the released one-hot gives pixels two classes or none, "
+                "which only loss 'bce' can learn"
+            )
+        if self.validate_every and self.fold is None:
+            raise ConfigError(
+                "parameter 'validate_every' needs a 'fold' to score: the test part is for the end"
+            )
+        if self.patience and not self.validate_every:
+            raise ConfigError("parameter 'patience' counts validations: set 'validate_every' and 'fold' too")
+        if self.batch % self.devices:
+            raise ConfigError(f"parameter 'batch' must be a multiple of 'devices', got {self.batch}")
+
+    @property
+    def takes_prior(self) -> bool:
+        """Whether the network gets a prior beside the slice."""
+        return self.prior != "none"
+
+    def learning_rate(self, epoch: int) -> float:
+        """Learning rate of an epoch, counted from 0."""
+        return self.lr * (0.1 if epoch >= self.drop_epoch else 1.0)
+
+
+RECIPES = {
+    "paper": {},
+    "lite": {
+        "network": "fcn8s",
+        "backbone": "efficientnet_lite0",
+        "prior_noise": 1.0,
+        "size": 256,
+        "batch": 8,
+        "epochs": 40,
+        "optimizer": "adam",
+        "lr": 1e-3,
+        "drop_epoch": 30,
+        "loss": "dice",
+        "augment": True,
+    },
+    "laptop": {
+        "network": "fcn8s",
+        "backbone": "efficientnet_lite0",
+        "pretrained": False,
+        "prior_noise": 1.0,
+        "size": 160,
+        "batch": 8,
+        "epochs": 16,
+        "optimizer": "adam",
+        "lr": 2e-3,
+        "drop_epoch": 13,
+        "loss": "dice",
+        "augment": True,
+    },
+}
+
+
+def configure(values: dict) -> MultiClassConfig:
+    """Make a config of a recipe and what the caller sets beside it.
+
+    Parameters
+    ----------
+    values : dict
+        Fields of `MultiClassConfig`, and optionally "recipe": "paper" (the multi-class U-Net at 352 pixels:
+        for a GPU), "lite" (FCN8s on EfficientNet-Lite0 with ImageNet weights at 256 pixels: real slices on
+        two cores), "laptop" (the same from random weights at 160 pixels: nothing to download), or "auto":
+        "laptop" on the phantom, else "lite".
+
+    Raises
+    ------
+    ConfigError
+        For an unknown recipe or field, or a value of the wrong type.
+    """
+    values = dict(values)
+    recipe = values.pop("recipe", "auto")
+    if recipe == "auto":
+        recipe = "laptop" if values.get("data", "phantom") == "phantom" else "lite"
+    if recipe not in RECIPES:
+        raise ConfigError(f"parameter 'recipe' must be 'auto' or one of {', '.join(RECIPES)}, got {recipe!r}")
+    return parse_config(MultiClassConfig, RECIPES[recipe] | values)
+
+
+def split_slices(config: MultiClassConfig) -> tuple[list[SliceFiles], list[SliceFiles]]:
+    """List the slices to train on and those to evaluate on."""
+    root = semiseg_root(config.data)
+    train = list_slices(root, "multiclass_train")
+    if config.fold is None:
+        return train, list_slices(root, "multiclass_test")
+    splits = None
+    if config.data == "covid-semiseg":
+        from covidnb.catalog import load_splits
+
+        splits = load_splits(config.data)
+    return fold(train, config.fold, splits)
+
+
+def build(config: MultiClassConfig, pretrained: bool = False) -> nn.Module:
+    """Make the network that a config names, with the backbone's ImageNet weights if asked for."""
+    inputs = 6 if config.takes_prior else 3
+    if config.network == "unet":
+        return MultiClassUNet() if config.takes_prior else UNet(inputs, classes=len(CLASSES))
+    if config.network == "fcn8s":
+        return FCN8s(config.backbone, pretrained, inputs)
+    return DeepLabV3Plus(config.backbone, pretrained, inputs, output_stride=config.output_stride)
+
+
+def loss_of(config: MultiClassConfig, logits: Tensor, classes: Tensor) -> MultiClassLoss:
+    """The loss that a config names."""
+    if config.loss == "bce":
+        return multiclass_bce_loss(logits, classes, official=config.channel_order == "official")
+    return multiclass_dice_loss(logits, classes, config.class_weights)
+
+
+def train_epoch(
+    fabric: Fabric, config: MultiClassConfig, slices, net, optimizer, loader, progress
+) -> dict[str, Tensor]:
+    """Train for one epoch; return the mean of each loss term over its steps."""
+    net.train()
+    torch.manual_seed(config.seed * 100_003 + slices.epoch)  # dropout, the same after a resume
+    totals, steps = {}, 0
+    for batch in loader:
+        optimizer.zero_grad()
+        loss = loss_of(config, net(batch["image"]), batch["classes"])
+        fabric.backward(loss.total)
+        optimizer.step()
+        for name, term in loss._asdict().items():
+            if term is not None:
+                totals[name] = totals.get(name, 0) + term.detach()
+        steps += 1
+        progress.update()
+    return {name: total / steps for name, total in totals.items()}
+
+
+def probabilities(logits: Tensor, config: MultiClassConfig) -> Tensor:
+    """Probability of background, GGO and consolidation, (N, 3, H, W), from a network's logits.
+
+    With the "bce" loss each class was learnt against the rest, and the three need not sum to one.
+    """
+    if config.channel_order == "official":
+        logits = logits.roll(1, dims=1)  # GGO, consolidation, background
+    return torch.sigmoid(logits) if config.loss == "bce" else logits.softmax(1)
+
+
+@torch.no_grad()
+def predict_slice(
+    net: nn.Module, config: MultiClassConfig, grey: np.ndarray, prior: np.ndarray | None = None
+) -> np.ndarray:
+    """Class probabilities of one slice; `.argmax(0)` is its class map.
+
+    Parameters
+    ----------
+    net : Module
+        Of `load_network`, or the authors' weights in a `MultiClassUNet` with `channel_order` "official".
+    config : MultiClassConfig
+        Its size, loss and channel order tell how to feed and read the network.
+    grey : uint8 (H, W)
+        The slice, in a lung window, cropped to the lungs.
+    prior : uint8 (H, W), optional
+        Infection map, 255 for certain infection, where the network takes one.
+
+    Returns
+    -------
+    ndarray
+        float32 (3, H, W): background, GGO, consolidation.
+    """
+    was_training = net.training
+    net.eval()
+    device = next(net.parameters()).device
+    logits = net(class_input(grey, prior, config.size)[None].to(device)).float().cpu()
+    net.train(was_training)
+    return probabilities(resize(logits, grey.shape), config)[0].numpy()
+
+
+def predict_slices(
+    net: nn.Module, config: MultiClassConfig, files: list[SliceFiles], prior: str | Path | None
+) -> list[np.ndarray]:
+    """Class probabilities of each slice, its prior read from `prior` (see `read_prior`)."""
+    return [
+        predict_slice(net, config, read_image(f.image), None if prior is None else read_prior(f, prior))
+        for f in files
+    ]
+
+
+def score(maps: list[np.ndarray], files: list[SliceFiles]) -> dict:
+    """Score class probabilities, lesion class by lesion class.
+
+    Returns
+    -------
+    dict
+        For "GGO" and "consolidation": "toolbox_of_argmax", `slice_scores` of the pixels where the class is
+        the likeliest (how the published rows were made: the mean over thresholds of a map of 0 and 1 is its
+        Dice, but for the last threshold; a slice without the class counts 0); "toolbox_of_probability", the
+        same of its soft map; "dice_of_argmax", plain Dice, where a slice without the class counts 1 if none
+        is predicted; "dice_where_present", that over the slices with the class; "slices_with", their number.
+        "confusion": pixels of true (row) and predicted (column) class.
+    """
+    truths = [read_classes(f.mask) for f in files]
+    likeliest = [m.argmax(0) for m in maps]
+    scores, count = {}, len(CLASSES)
+    for k, name in list(enumerate(CLASSES))[1:]:
+        wanted, found = ([plane == k for plane in planes] for planes in (truths, likeliest))
+        present = [j for j, mask in enumerate(wanted) if mask.any()]
+        scores[name] = {
+            "toolbox_of_argmax": _toolbox(found, wanted, files),
+            "toolbox_of_probability": _toolbox([m[k] for m in maps], wanted, files),
+            "dice_of_argmax": dice_at(found, wanted),
+            "dice_where_present": _dice_of(found, wanted, present),
+            "slices_with": len(present),
+        }
+    pairs = sum(
+        np.bincount(count * t.astype(int).ravel() + p.ravel(), minlength=count**2)
+        for t, p in zip(truths, likeliest, strict=True)
+    )
+    return scores | {"confusion": pairs.reshape(count, count).tolist()}
+
+
+def _toolbox(maps: list, truths: list, files: list[SliceFiles]) -> dict:
+    scores = slice_scores(maps, truths)
+    for f, row in zip(files, scores["per_slice"], strict=True):
+        row["name"] = f.name
+    return null_nan(scores)
+
+
+def _dice_of(found: list, wanted: list, present: list[int]) -> float | None:
+    return dice_at([found[j] for j in present], [wanted[j] for j in present]) if present else None
+
+
+def picture(files: list[SliceFiles], maps: list[np.ndarray], side: int = 128) -> np.ndarray:
+    """Slices over their true classes over the network's, uint8 (3 side, N side, 3): a glance at a run."""
+    colours = np.array(PALETTE, np.uint8).reshape(-1, 3)
+    columns = []
+    for f, m in zip(files, maps, strict=True):
+        grey = np.repeat(read_image(f.image)[..., None], 3, axis=2)
+        planes = (grey, colours[read_classes(f.mask)], colours[m.argmax(0)])
+        columns.append(np.concatenate([Image.fromarray(p).resize((side, side)) for p in planes]))
+    return np.concatenate(columns, axis=1)
+
+
+def validate(config: MultiClassConfig, files, prior, net: nn.Module) -> tuple[dict, np.ndarray]:
+    """Scores of a network on held-out slices, for the log, and a picture of the first of them."""
+    maps = predict_slices(net, config, files, prior)
+    scores = score(maps, files)
+    each = {name: scores[name]["toolbox_of_argmax"]["meanDic"] for name in CLASSES[1:]}
+    return each | {"meanDic": sum(each.values()) / 2}, picture(files[:PICTURED], maps[:PICTURED])
+
+
+def train(config: MultiClassConfig, out: str | Path) -> Run:
+    """Train and evaluate in a run folder; a folder that has begun goes on from its checkpoint.
+
+    As `covidnb.training.infnet.train`: a killed and resumed run ends at the weights of an uninterrupted one,
+    bit for bit on a CPU, and with more than one device torchrun starts the processes.
+
+    Parameters
+    ----------
+    config : MultiClassConfig
+    out : str or Path
+        The run folder: config.json, log.csv, checkpoint/, weights.safetensors, metrics.json, predictions/
+        (palette files of the likeliest class), prior/ (where Inf-Net made it), validation/, tensorboard/,
+        model_card.md.
+
+    Raises
+    ------
+    ConfigError
+        Where the folder belongs to another config, its checkpoint or the weights of the prior cannot be
+        used, or memory runs out.
+    SliceError
+        Where a slice has no prior.
+    """
+    if config.devices > 1 and not under_torchrun():
+        launch("covidnb.training.multiclass", config, out)
+        return Run(out, config)
+    files, held_out = split_slices(config)
+    fabric = start_fabric(config)
+    with fabric.rank_zero_first():
+        run = Run(out, config)
+        prior = _eval_prior(run, held_out)
+    with memory_advice(config):
+        net, history = _fit(fabric, run, files, held_out, prior)
+        if fabric.is_global_zero and not (run.folder / "metrics.json").exists():
+            _evaluate(run, net, history, len(files), held_out, prior)
+    fabric.barrier()
+    return run
+
+
+def _eval_prior(run: Run, held_out: list[SliceFiles]) -> str | Path | None:
+    """Say where the evaluated slices' priors are; if `eval_prior` names weights, make them first."""
+    config = run.config
+    if not config.takes_prior:
+        return None
+    if not config.eval_prior:
+        raise ConfigError(
+            "parameter 'eval_prior' is missing: give a folder of maps of the evaluated slices (predictions/ "
+            "of a run), the weights.safetensors of an Inf-Net run, or 'label' for a perfect prior"
+        )
+    if not config.eval_prior.endswith(".safetensors"):
+        for f in held_out:
+            read_prior(f, config.eval_prior)  # a missing one is found now, not after hours of training
+        return config.eval_prior
+    folder = run.folder / "prior"
+    if not all((folder / f"{f.name}.png").exists() for f in held_out):
+        net, theirs = infnet.load_network(config.eval_prior)
+        if theirs.fold != config.fold:
+            raise ConfigError(
+                f"parameter 'eval_prior': {config.eval_prior} held out fold {theirs.fold}, this run holds "
+                f"out {config.fold}: its maps of slices that it has learnt would be too good"
+            )
+        infnet.write_predictions(folder, held_out, infnet.predict_slices(net, held_out, theirs.size))
+    return folder
+
+
+def _fit(fabric: Fabric, run: Run, files, held_out, prior) -> tuple[nn.Module, list[dict]]:
+    """Train from the start or the last checkpoint; return the network and the log."""
+    config = run.config
+    saved = run.load_checkpoint()
+    torch.manual_seed(config.seed)
+    net = build(config, pretrained=config.pretrained and saved is None)
+    net = net.to(memory_format=torch.channels_last)
+    if config.optimizer == "sgd":
+        optimizer = torch.optim.SGD(net.parameters(), lr=config.lr, momentum=config.momentum)
+    else:
+        optimizer = torch.optim.Adam(net.parameters(), lr=config.lr)
+    slices = MultiClassSlices(
+        files,
+        config.size,
+        prior=config.prior if config.takes_prior else None,
+        noise=config.prior_noise,
+        augment=config.augment,
+        seed=config.seed,
+    )
+    one_epoch = partial(train_epoch, fabric, config, slices)
+    looked_at = partial(validate, config, held_out, prior)
+    return net, fit(fabric, run, saved, net, optimizer, slices, one_epoch, validate=looked_at)
+
+
+def _evaluate(run: Run, net: nn.Module, history: list[dict], trained: int, held_out, prior) -> None:
+    """Segment the held-out slices and write what a finished run has."""
+    config = run.config
+    maps = predict_slices(net, config, held_out, prior)
+    for f, m in zip(held_out, maps, strict=True):
+        write_classes(run.folder / "predictions" / f"{f.name}.png", m.argmax(0).astype(np.uint8))
+    scores = score(maps, held_out)
+    run.save_weights(net)
+    run.write_card(type(net).__name__, config.data, trained, len(held_out), card_scores(scores))
+    run.write_json(
+        "metrics.json",
+        {
+            "scores": scores,
+            "slices": {"trained": trained, "evaluated": len(held_out)},
+            "seconds": sum(row["seconds"] for row in history),
+            "versions": versions(),
+        },
+    )
+
+
+def card_scores(scores: dict) -> dict[str, float]:
+    """Rows of the model card: what each score is of is in its name."""
+    rows = {}
+    for name in CLASSES[1:]:
+        own = scores[name]
+        for kind in ("toolbox_of_argmax", "toolbox_of_probability"):
+            for figure in ("meanDic", "meanSen", "meanSpe", "Sm", "meanEm", "MAE"):
+                rows[f"{name}, {kind}, {figure}"] = own[kind][figure]
+        rows |= {f"{name}, {kind}": own[kind] for kind in ("dice_of_argmax", "dice_where_present")}
+    return rows
+
+
+def load_network(weights: str | Path) -> tuple[nn.Module, MultiClassConfig]:
+    """Build the network that a run's weights.safetensors is for, and fill it; ready to predict.
+
+    Raises
+    ------
+    ConfigError
+        Where the file is missing, damaged, or another method's.
+    """
+    header, tensors = read_weights(weights)
+    if "class_weights" not in header["config"]:
+        raise ConfigError(f"{weights} holds a {header['network']} that knows no classes")
+    config = parse_config(MultiClassConfig, header["config"])
+    net = build(config)
+    net.load_state_dict(tensors)
+    return net.eval(), config
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(prog="python -m covidnb.training.multiclass", description=train.__doc__)
+    parser.add_argument("config", help="JSON file with fields of MultiClassConfig")
+    parser.add_argument("out", help="run folder")
+    arguments = parser.parse_args(argv)
+    train(parse_config(MultiClassConfig, json.loads(Path(arguments.config).read_text())), arguments.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -11,24 +11,22 @@ from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
-import torch
+from torch import nn
 from tqdm.auto import tqdm
 
 from covidnb.ct import CTError, read_ct, write_like
 from covidnb.files import whole
 from covidnb.lungs import segment_lungs
 from covidnb.metrics import infected_share
-from covidnb.nets.infnet import resize
-from covidnb.slices import lung_slices, network_input
-from covidnb.training.infnet import load_network, outputs
+from covidnb.slices import lung_slices
+from covidnb.training.infnet import load_network, predict_greys
 from covidnb.training.run import ConfigError, versions
 
 BATCH = 8  # slices that go through the network at once
 THRESHOLD = 0.5  # a voxel is lesion from this probability on
 
 
-@torch.no_grad()
-def lesion_probability(net: torch.nn.Module, ct: sitk.Image, lungs: sitk.Image, size: int) -> np.ndarray:
+def lesion_probability(net: nn.Module, ct: sitk.Image, lungs: sitk.Image, size: int) -> np.ndarray:
     """Run a slice network over a scan, slice by slice, as it was trained: lung window, cropped to the lungs.
 
     Parameters
@@ -46,15 +44,13 @@ def lesion_probability(net: torch.nn.Module, ct: sitk.Image, lungs: sitk.Image, 
         (z, y, x) float32 in [0, 1]; zero outside the lungs.
     """
     inside = sitk.GetArrayViewFromImage(lungs) > 0
-    device = next(net.parameters()).device
     probability = np.zeros(inside.shape, np.float32)
     slices = list(lung_slices(ct, lungs))
     for start in tqdm(range(0, len(slices), BATCH), desc="slices", unit=f"{BATCH} slices"):
         some = slices[start : start + BATCH]
-        inputs = torch.stack([network_input(grey, size) for _, grey, _ in some]).to(device)
-        maps = outputs(net, inputs).prediction.float().cpu()
-        for (z, grey, box), logits in zip(some, maps, strict=True):
-            probability[z][box] = torch.sigmoid(resize(logits[None], grey.shape))[0, 0].numpy()
+        maps = predict_greys(net, [grey for _, grey, _ in some], size)
+        for (z, _, box), one in zip(some, maps, strict=True):
+            probability[z][box] = one
     return np.where(inside, probability, np.float32(0))
 
 

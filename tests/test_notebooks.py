@@ -18,6 +18,7 @@ BIBLIOGRAPHY = (ROOT / "book" / "references.bib").read_text()
 
 # the smallest scale at which a run goes through all of its cells
 SMALLEST = {
+    "ablation": {"variants": ["decoder", "released schedule"], "epochs": 1, "size": 64, "scales": [1.0]},
     "infnet": {"data": "phantom", "epochs": 1, "size": 64, "scales": [1.0], "batch": 16},
 }
 

@@ -16,7 +16,6 @@ import torch
 from lightning_fabric import Fabric
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from covidnb.files import whole
 from covidnb.losses import InfNetLoss, infnet_loss
@@ -28,6 +27,7 @@ from covidnb.slices import (
     SliceFiles,
     fold,
     list_slices,
+    network_input,
     read_image,
     read_mask,
     semiseg_root,
@@ -146,6 +146,17 @@ RECIPES = {
 }
 
 
+ABLATION = {
+    "decoder": {"edge": False, "reverse": False},
+    "edge": {"reverse": False},
+    "reverse": {"edge": False},
+    "all": {},
+    "released loss": {"official_loss": True},
+    "released schedule": {"official_schedule": True},
+}
+"""Inf-Net without parts of itself, and with faults of the released code: what differs from the config."""
+
+
 def configure(values: dict) -> InfNetConfig:
     """Make a config of a recipe and what the caller sets beside it.
 
@@ -171,6 +182,20 @@ def configure(values: dict) -> InfNetConfig:
     return parse_config(InfNetConfig, RECIPES[recipe] | values)
 
 
+def ablation(values: dict, names: list[str]) -> dict[str, InfNetConfig]:
+    """Make the configs of variants of `ABLATION`; `values` are as for `configure` and hold for all of them.
+
+    Raises
+    ------
+    ConfigError
+        For an unknown variant, too.
+    """
+    for name in names:
+        if name not in ABLATION:
+            raise ConfigError(f"parameter 'variants': {name!r} is not one of {', '.join(ABLATION)}")
+    return {name: configure(values | ABLATION[name]) for name in names}
+
+
 def split_slices(config: InfNetConfig) -> tuple[list[SliceFiles], list[SliceFiles]]:
     """List the slices to train on and those to evaluate on."""
     root = semiseg_root(config.data)
@@ -191,6 +216,11 @@ def build(config: InfNetConfig, pretrained: bool = False) -> nn.Module:
         return InfNet(config.backbone, pretrained, edge=config.edge, reverse=config.reverse)
     kind = {"unet": UNet, "unet++": UNetPlusPlus}[config.network]
     return kind() if config.width is None else kind(width=config.width)
+
+
+def parameters(config: InfNetConfig) -> int:
+    """Count the trainable numbers of a config's network."""
+    return sum(p.numel() for p in build(config).parameters())
 
 
 def outputs(net: nn.Module, images: Tensor) -> InfNetOutput:
@@ -228,27 +258,50 @@ def train_epoch(fabric: Fabric, config: InfNetConfig, net, optimizer, loader, pr
 
 
 @torch.no_grad()
-def predict_slices(net: nn.Module, files: list[SliceFiles], size: int, batch: int = 8) -> list[np.ndarray]:
-    """Lesion probability of each slice (Inf-Net: sigmoid(S_2)), float32 at the slice's own size."""
+def predict_greys(net: nn.Module, greys: list[np.ndarray], size: int, batch: int = 8) -> list[np.ndarray]:
+    """Lesion probability of slices (Inf-Net: sigmoid(S_2)).
+
+    Parameters
+    ----------
+    net : Module
+        Of `build` or `load_network`; its mode is left as it was.
+    greys : list of ndarray
+        uint8 (H, W), in the lung window, each of its own size.
+    size : int
+        The side, in pixels, that the network was trained at.
+    batch : int
+        Slices that go through the network at once.
+
+    Returns
+    -------
+    list of ndarray
+        float32 in [0, 1], each of its slice's size.
+    """
     was_training = net.training
     net.eval()
     device = next(net.parameters()).device
-    shapes = [read_mask(f.mask).shape for f in files]
     maps = []
-    for items in DataLoader(InfectionSlices(files, size), batch_size=batch):
-        logits = outputs(net, items["image"].to(device)).prediction.float().cpu()
-        for one in logits:
-            maps.append(torch.sigmoid(resize(one[None], shapes[len(maps)]))[0, 0].numpy())
+    for start in range(0, len(greys), batch):
+        some = greys[start : start + batch]
+        inputs = torch.stack([network_input(grey, size) for grey in some]).to(device)
+        logits = outputs(net, inputs).prediction.float().cpu()
+        for grey, one in zip(some, logits, strict=True):
+            maps.append(torch.sigmoid(resize(one[None], grey.shape))[0, 0].numpy())
     net.train(was_training)
     return maps
+
+
+def predict_slices(net: nn.Module, files: list[SliceFiles], size: int) -> list[np.ndarray]:
+    """Lesion probability of the slices in files, see `predict_greys`."""
+    return predict_greys(net, [read_image(f.image) for f in files], size)
 
 
 def score(maps: list[np.ndarray], files: list[SliceFiles]) -> dict:
     """Toolbox scores of the maps, and plain Dice at 0.5 without stretching."""
     truths = [read_mask(f.mask) for f in files]
     scores = slice_scores(maps, truths)
-    for f, row in zip(files, scores["per_slice"], strict=True):
-        row["name"] = f.name
+    for f, one, truth, row in zip(files, maps, truths, scores["per_slice"], strict=True):
+        row |= {"name": f.name, "dice_at_0.5": dice_at([one], [truth])}
     return {"dice_at_0.5": dice_at(maps, truths), **scores}
 
 

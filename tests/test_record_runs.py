@@ -1,0 +1,33 @@
+"""Finished runs into the record that pages and chapters read."""
+
+import json
+
+import pytest
+import record_runs
+
+
+def finished(folder, dice):
+    folder.mkdir(parents=True, exist_ok=True)
+    scores = dict.fromkeys(record_runs.SCORES, dice)
+    row = {"name": "7", "meanDic": dice, "dice_at_0.5": dice}
+    metrics = {"scores": scores | {"per_slice": [row]}, "seconds": 61.4, "versions": {"torch": "2"}}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "config.json").write_text('{"seed": 3}')
+    return folder
+
+
+def test_runs_are_added_and_replaced(tmp_path):
+    record = tmp_path / "results" / "some.json"
+    record_runs.main([str(record), *(str(finished(tmp_path / name, 0.51234)) for name in ("b", "a"))])
+    record_runs.main([str(record), str(finished(tmp_path / "b", 0.75))])
+    kept = json.loads(record.read_text())
+    assert [one["name"] for one in kept] == ["a", "b"]
+    assert kept[0]["slices"] == {"7": [0.5123, 0.5123]} and kept[1]["scores"]["meanDic"] == 0.75
+    assert kept[0]["config"] == {"seed": 3} and kept[0]["seconds"] == 61
+
+
+def test_an_unfinished_run_is_named(tmp_path):
+    (tmp_path / "run").mkdir()
+    with pytest.raises(SystemExit, match=r"config.json does not exist: .*run is no finished run"):
+        record_runs.main([str(tmp_path / "r.json"), str(tmp_path / "run")])
+    assert not (tmp_path / "r.json").exists()

@@ -1,0 +1,56 @@
+"""Keep what finished runs scored: `python tools/record_runs.py data/results/NAME.json RUN_FOLDER...`.
+
+A run folder holds weights and maps, which stay out of the repository; its config and scores go in, one entry
+a run, so that pages and chapters show figures that a run has written. A run recorded before is replaced.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from covidnb.files import whole
+
+SCORES = ("dice_at_0.5", "meanDic", "meanSen", "meanSpe", "Sm", "meanEm", "MAE")
+
+
+def entry(folder: Path) -> dict:
+    """Config, scores, and scores by slice of one finished run; its seeds agree on fewer than four digits."""
+    try:
+        config, metrics = (
+            json.loads((folder / f"{name}.json").read_text()) for name in ("config", "metrics")
+        )
+    except FileNotFoundError as missing:
+        raise SystemExit(f"{missing.filename} does not exist: {folder} is no finished run") from None
+    scores = metrics["scores"]
+    return {
+        "name": folder.name,
+        "config": config,
+        "scores": {name: round(scores[name], 4) for name in SCORES},
+        "slices": {
+            row["name"]: [round(row[name], 4) for name in ("dice_at_0.5", "meanDic")]
+            for row in scores["per_slice"]
+        },
+        "seconds": round(metrics["seconds"]),
+        "versions": metrics["versions"],
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("record", type=Path, help="JSON file to write or to add to")
+    parser.add_argument("runs", type=Path, nargs="+", help="run folders")
+    asked = parser.parse_args(argv)
+    kept = json.loads(asked.record.read_text()) if asked.record.exists() else []
+    new = [entry(folder) for folder in asked.runs]
+    names = {one["name"] for one in new}
+    kept = [one for one in kept if one["name"] not in names] + new
+    lines = ",\n".join(json.dumps(one) for one in sorted(kept, key=lambda one: one["name"]))
+    with whole(asked.record) as part:
+        part.write_text(f"[\n{lines}\n]\n")
+    print(f"{asked.record}: {len(kept)} runs, {len(new)} of them new or replaced")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

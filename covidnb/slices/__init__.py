@@ -411,6 +411,29 @@ def fold(
     return [f for f in files if f.name not in held_out], [f for f in files if f.name in held_out]
 
 
+def training_split(
+    data: str | Path, k: int | None, train: str = "doctor", test: str = "test"
+) -> tuple[list[SliceFiles], list[SliceFiles]]:
+    """Slices of a data set to train on and those to evaluate on.
+
+    Parameters
+    ----------
+    data : see `semiseg_root`.
+    k : the fold of the training part that is held out; None evaluates on the test part.
+    train, test : parts, see `list_slices`.
+    """
+    root = semiseg_root(data)
+    files = list_slices(root, train)
+    if k is None:
+        return files, list_slices(root, test)
+    splits = None
+    if data == "covid-semiseg":
+        from covidnb.catalog import load_splits
+
+        splits = load_splits(data)
+    return fold(files, k, splits)
+
+
 def patient_folds(names: Sequence[str], folds: int = 5) -> list[list[str]]:
     """Names of slices dealt to `folds` folds, patient by patient in natural order."""
     patients = sorted({patient_of(name) for name in names}, key=natural_order)

@@ -25,15 +25,20 @@ from covidnb.nets.infnet import resize
 from covidnb.slices import (
     InfectionSlices,
     SliceFiles,
-    fold,
-    list_slices,
     network_input,
     read_image,
     read_mask,
-    semiseg_root,
+    training_split,
 )
 from covidnb.training.loop import fit, launch, memory_advice, start_fabric, under_torchrun
-from covidnb.training.run import ConfigError, Run, parse_config, read_weights, versions
+from covidnb.training.run import (
+    ConfigError,
+    Run,
+    check_training,
+    from_recipe,
+    parse_config,
+    read_weights,
+)
 
 PICTURED = 6  # held-out slices in the picture of a validation
 
@@ -94,23 +99,9 @@ class InfNetConfig:
     """Of the weights' start, the order of the slices and the augmentation."""
 
     def __post_init__(self):
-        for name in ("size", "batch", "epochs", "devices"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"parameter {name!r} must be at least 1, got {getattr(self, name)}")
-        if self.size % 32:
-            raise ConfigError(f"parameter 'size' must be a multiple of 32, got {self.size}")
+        check_training(self)
         if not self.scales or min(self.scales) <= 0:
             raise ConfigError(f"parameter 'scales' needs positive numbers, got {self.scales}")
-        if not 0 < self.lr < 1:
-            raise ConfigError(f"parameter 'lr' must lie between 0 and 1, got {self.lr}")
-        if self.validate_every and self.fold is None:
-            raise ConfigError(
-                "parameter 'validate_every' needs a 'fold' to score: the test part is for the end"
-            )
-        if self.patience and not self.validate_every:
-            raise ConfigError("parameter 'patience' counts validations: set 'validate_every' and 'fold' too")
-        if self.batch % self.devices:
-            raise ConfigError(f"parameter 'batch' must be a multiple of 'devices', got {self.batch}")
 
     def learning_rate(self, epoch: int) -> float:
         """Learning rate of an epoch, counted from 0."""
@@ -173,13 +164,7 @@ def configure(values: dict) -> InfNetConfig:
     ConfigError
         For an unknown recipe or field, or a value of the wrong type.
     """
-    values = dict(values)
-    recipe = values.pop("recipe", "auto")
-    if recipe == "auto":
-        recipe = "laptop" if values.get("data", "phantom") == "phantom" else "lite"
-    if recipe not in RECIPES:
-        raise ConfigError(f"parameter 'recipe' must be 'auto' or one of {', '.join(RECIPES)}, got {recipe!r}")
-    return parse_config(InfNetConfig, RECIPES[recipe] | values)
+    return from_recipe(InfNetConfig, RECIPES, values)
 
 
 def ablation(values: dict, names: list[str]) -> dict[str, InfNetConfig]:
@@ -198,16 +183,7 @@ def ablation(values: dict, names: list[str]) -> dict[str, InfNetConfig]:
 
 def split_slices(config: InfNetConfig) -> tuple[list[SliceFiles], list[SliceFiles]]:
     """List the slices to train on and those to evaluate on."""
-    root = semiseg_root(config.data)
-    train = list_slices(root, "doctor")
-    if config.fold is None:
-        return train, list_slices(root, "test")
-    splits = None
-    if config.data == "covid-semiseg":
-        from covidnb.catalog import load_splits
-
-        splits = load_splits(config.data)
-    return fold(train, config.fold, splits)
+    return training_split(config.data, config.fold)
 
 
 def build(config: InfNetConfig, pretrained: bool = False) -> nn.Module:
@@ -403,17 +379,8 @@ def _evaluate(run: Run, net: nn.Module, history: list[dict], trained: int, held_
     maps = predict_slices(net, held_out, config.size)
     write_predictions(run.folder / "predictions", held_out, maps)
     scores = score(maps, held_out)
-    run.save_weights(net)
-    run.write_card(type(net).__name__, config.data, trained, len(held_out), scores)
-    run.write_json(
-        "metrics.json",
-        {
-            "scores": null_nan(scores),
-            "slices": {"trained": trained, "evaluated": len(held_out)},
-            "seconds": sum(row["seconds"] for row in history),
-            "versions": versions(),
-        },
-    )
+    counts = {"trained": trained, "evaluated": len(held_out)}
+    run.finish(net, history, counts, null_nan(scores))
 
 
 def load_network(weights: str | Path) -> tuple[nn.Module, InfNetConfig]:

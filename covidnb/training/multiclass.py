@@ -20,7 +20,7 @@ from covidnb.losses import MultiClassLoss, multiclass_bce_loss, multiclass_dice_
 from covidnb.metrics import dice_at, null_nan, slice_scores
 from covidnb.nets import DeepLabV3Plus, FCN8s, MultiClassUNet, UNet
 from covidnb.nets.infnet import resize
-from covidnb.slices import SliceFiles, fold, list_slices, read_classes, read_image, semiseg_root
+from covidnb.slices import SliceFiles, read_classes, read_image, training_split
 from covidnb.slices.multiclass import (
     CLASSES,
     PALETTE,
@@ -31,8 +31,16 @@ from covidnb.slices.multiclass import (
 )
 from covidnb.training import infnet
 from covidnb.training.loop import fit, launch, memory_advice, start_fabric, under_torchrun
-from covidnb.training.run import ConfigError, Run, parse_config, read_weights, versions
+from covidnb.training.run import (
+    ConfigError,
+    Run,
+    check_training,
+    from_recipe,
+    parse_config,
+    read_weights,
+)
 
+OUTPUT = "probability of background, ground-glass opacity and consolidation for each pixel; the largest wins."
 PICTURED = 6  # held-out slices in the picture of a validation
 
 
@@ -94,13 +102,7 @@ class MultiClassConfig:
     """Of the weights' start, the order of the slices, the augmentation and the noise of the priors."""
 
     def __post_init__(self):
-        for name in ("size", "batch", "epochs", "devices"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"parameter {name!r} must be at least 1, got {getattr(self, name)}")
-        if self.size % 32:
-            raise ConfigError(f"parameter 'size' must be a multiple of 32, got {self.size}")
-        if not 0 < self.lr < 1:
-            raise ConfigError(f"parameter 'lr' must lie between 0 and 1, got {self.lr}")
+        check_training(self)
         if self.prior_noise < 0:
             raise ConfigError(f"parameter 'prior_noise' must not be negative, got {self.prior_noise}")
         if len(self.class_weights) != 3 or min(self.class_weights) < 0:
@@ -114,14 +116,6 @@ class MultiClassConfig:
                 "parameter 'channel_order': the released one-hot gives pixels two classes or none, "
                 "which only loss 'bce' can learn"
             )
-        if self.validate_every and self.fold is None:
-            raise ConfigError(
-                "parameter 'validate_every' needs a 'fold' to score: the test part is for the end"
-            )
-        if self.patience and not self.validate_every:
-            raise ConfigError("parameter 'patience' counts validations: set 'validate_every' and 'fold' too")
-        if self.batch % self.devices:
-            raise ConfigError(f"parameter 'batch' must be a multiple of 'devices', got {self.batch}")
 
     @property
     def takes_prior(self) -> bool:
@@ -181,27 +175,12 @@ def configure(values: dict) -> MultiClassConfig:
     ConfigError
         For an unknown recipe or field, or a value of the wrong type.
     """
-    values = dict(values)
-    recipe = values.pop("recipe", "auto")
-    if recipe == "auto":
-        recipe = "laptop" if values.get("data", "phantom") == "phantom" else "lite"
-    if recipe not in RECIPES:
-        raise ConfigError(f"parameter 'recipe' must be 'auto' or one of {', '.join(RECIPES)}, got {recipe!r}")
-    return parse_config(MultiClassConfig, RECIPES[recipe] | values)
+    return from_recipe(MultiClassConfig, RECIPES, values)
 
 
 def split_slices(config: MultiClassConfig) -> tuple[list[SliceFiles], list[SliceFiles]]:
     """List the slices to train on and those to evaluate on."""
-    root = semiseg_root(config.data)
-    train = list_slices(root, "multiclass_train")
-    if config.fold is None:
-        return train, list_slices(root, "multiclass_test")
-    splits = None
-    if config.data == "covid-semiseg":
-        from covidnb.catalog import load_splits
-
-        splits = load_splits(config.data)
-    return fold(train, config.fold, splits)
+    return training_split(config.data, config.fold, "multiclass_train", "multiclass_test")
 
 
 def build(config: MultiClassConfig, pretrained: bool = False) -> nn.Module:
@@ -449,17 +428,8 @@ def _evaluate(run: Run, net: nn.Module, history: list[dict], trained: int, held_
     for f, m in zip(held_out, maps, strict=True):
         write_classes(run.folder / "predictions" / f"{f.name}.png", m.argmax(0).astype(np.uint8))
     scores = score(maps, held_out)
-    run.save_weights(net)
-    run.write_card(type(net).__name__, config.data, trained, len(held_out), card_scores(scores))
-    run.write_json(
-        "metrics.json",
-        {
-            "scores": scores,
-            "slices": {"trained": trained, "evaluated": len(held_out)},
-            "seconds": sum(row["seconds"] for row in history),
-            "versions": versions(),
-        },
-    )
+    counts = {"trained": trained, "evaluated": len(held_out)}
+    run.finish(net, history, counts, scores, card_scores(scores), OUTPUT)
 
 
 def card_scores(scores: dict) -> dict[str, float]:

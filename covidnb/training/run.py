@@ -28,7 +28,7 @@ CARD = """# Model card: {method}, COVID-19 lesion segmentation in CT slices
 - Data: {data}; {trained} slices trained on, {evaluated} slices evaluated on.
 - Licence: the code is MIT; the weights inherit the terms of the data (book page "Data sets").
 - Input: axial slices in a lung window, 8-bit, resized to a square and ImageNet-normalised.
-- Output: probability of infection for each pixel; 0.5 is the cut.
+- Output: {output}
 
 ## Scores on the evaluated slices
 
@@ -96,6 +96,55 @@ def parse_config(kind: type, values: dict):
             wanted = getattr(wanted, "__name__", str(wanted))
             raise ConfigError(f"parameter {name!r} must be {wanted}, got {value!r}")
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def from_recipe(kind: type, recipes: dict[str, dict], values: dict):
+    """Make a config of a recipe and what the caller sets beside it.
+
+    Parameters
+    ----------
+    kind : type
+        See `parse_config`.
+    recipes : dict
+        Name of a recipe to the fields that it sets; "laptop" and "lite" among them.
+    values : dict
+        Fields, and optionally "recipe": a name, or "auto": "laptop" on the phantom, else "lite".
+
+    Raises
+    ------
+    ConfigError
+        For an unknown recipe, or as `parse_config`.
+    """
+    values = dict(values)
+    recipe = values.pop("recipe", "auto")
+    if recipe == "auto":
+        recipe = "laptop" if values.get("data", "phantom") == "phantom" else "lite"
+    if recipe not in recipes:
+        raise ConfigError(f"parameter 'recipe' must be 'auto' or one of {', '.join(recipes)}, got {recipe!r}")
+    return parse_config(kind, recipes[recipe] | values)
+
+
+def check_training(config) -> None:
+    """Check the fields that all loops on slices share.
+
+    Raises
+    ------
+    ConfigError
+        Naming a field with a value that cannot be.
+    """
+    for name in ("size", "batch", "epochs", "devices"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"parameter {name!r} must be at least 1, got {getattr(config, name)}")
+    if config.size % 32:
+        raise ConfigError(f"parameter 'size' must be a multiple of 32, got {config.size}")
+    if not 0 < config.lr < 1:
+        raise ConfigError(f"parameter 'lr' must lie between 0 and 1, got {config.lr}")
+    if config.validate_every and config.fold is None:
+        raise ConfigError("parameter 'validate_every' needs a 'fold' to score: the test part is for the end")
+    if config.patience and not config.validate_every:
+        raise ConfigError("parameter 'patience' counts validations: set 'validate_every' and 'fold' too")
+    if config.batch % config.devices:
+        raise ConfigError(f"parameter 'batch' must be a multiple of 'devices', got {config.batch}")
 
 
 def notebook_parameters(names: dict) -> dict:
@@ -235,13 +284,46 @@ class Run:
                 f"{self.checkpoint_path} cannot be read ({type(fault).__name__}): delete it to start again"
             ) from fault
 
-    def write_card(self, method: str, data: str, trained: int, evaluated: int, scores: dict) -> None:
+    def write_card(self, method: str, counts: dict, scores: dict, output: str) -> None:
         """Write model_card.md: what the weights were made from, how well they do, what they are not for."""
         rows = "\n".join(f"| {k} | {v:.4f} |" for k, v in scores.items() if isinstance(v, float))
         settings = "\n".join(f"| {k} | {v} |" for k, v in dataclasses.asdict(self.config).items())
         software = "\n".join(f"| {k} | {v} |" for k, v in versions().items())
+        data = self.config.data
         with whole(self.folder / "model_card.md") as part:
-            part.write_text(CARD.format(**locals()))
+            part.write_text(CARD.format(**counts, **locals()))
+
+    def finish(
+        self,
+        net: nn.Module,
+        history: list[dict],
+        counts: dict,
+        scores: dict,
+        on_card: dict | None = None,
+        output: str = "probability of infection for each pixel; 0.5 is the cut.",
+    ) -> None:
+        """Write what a finished run has: its weights, its model card and, last, metrics.json.
+
+        Parameters
+        ----------
+        net : Module
+            With the trained weights.
+        history : list of dict
+            The log.
+        counts : dict
+            How many slices were "trained" on, and how many "evaluated".
+        scores : dict
+            For metrics.json, without NaN.
+        on_card : dict, optional
+            What the card shows of them, name to float; without it, the floats among the scores.
+        output : str
+            What the network says of a pixel.
+        """
+        self.save_weights(net)
+        self.write_card(type(net).__name__, counts, on_card or scores, output)
+        seconds = sum(row["seconds"] for row in history)
+        result = {"scores": scores, "slices": counts, "seconds": seconds, "versions": versions()}
+        self.write_json("metrics.json", result)
 
     def save_weights(self, net: nn.Module) -> None:
         """Write the trained weights as safetensors; the config goes into the file's header."""

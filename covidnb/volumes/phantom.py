@@ -1,0 +1,92 @@
+"""The phantom's volumes in GASNet's folders: what part IV learns from without a download."""
+
+import hashlib
+import json
+import os
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from covidnb import catalog, phantom
+from covidnb.crop import SIZE
+from covidnb.volumes import Scan, VolumeError, write_split, write_volume
+from covidnb.volumes.prepare import outcomes
+
+COUNTS = {"labelled": 1, "covid": 8, "healthy": 8, "validation": 6}
+SEVERITY = (0.04, 0.3)  # infected share of the sick, between these on a logarithmic scale
+VERSION = 1  # of how phantoms are drawn for volumes
+
+
+def phantom_volumes(size: tuple[int, int, int] = SIZE, *, seed: int = 2020, **counts: int) -> Path:
+    """Volumes of phantom patients, no two of them alike, drawn if the cache does not have them.
+
+    The sick have their lesions in lesion/, those of the split "covid" too: `LungVolumes` is told what may be
+    learnt from them. Sick and healthy come from the same scanners: nothing but lesions tells them apart.
+
+    Parameters
+    ----------
+    size : (depth, height, width) of the volumes.
+    seed : of patients, lesions and scanners.
+    counts : patients in each split, where they differ from `COUNTS`.
+
+    Raises
+    ------
+    VolumeError : an unknown split.
+    CatalogError : the disk is full.
+    """
+    if unknown := counts.keys() - COUNTS.keys():
+        raise VolumeError(f"unknown split {min(unknown)!r}: the phantom has {', '.join(COUNTS)}")
+    asked = {"size": size, "seed": seed, "counts": COUNTS | counts, "severity": SEVERITY, "version": VERSION}
+    sources = b"".join(path.read_bytes() for path in sorted(Path(phantom.__file__).parent.glob("*.py")))
+    digest = hashlib.sha256(json.dumps(asked).encode() + sources).hexdigest()
+    root = catalog.cache_dir() / f"phantom-volumes-{digest[:10]}"
+    if not root.is_dir():
+        with catalog.room_for("the phantom's volumes"), catalog.whole_folder(root) as part:
+            _draw_all(part, tuple(size), seed, COUNTS | counts)
+    return root
+
+
+def _draw_all(root: Path, size: tuple[int, int, int], seed: int, counts: dict[str, int]) -> None:
+    """Write all patients' volumes and the splits, one process per core."""
+    splits = {split: _patients(split, count, size, seed) for split, count in counts.items()}
+    tasks = {name: (name, patient) for some in splits.values() for name, patient in some.items()}
+    jobs = min(os.cpu_count() or 1, len(tasks))
+    bar = tqdm(total=len(tasks), desc="drawing the phantom's volumes (once)", disable=None)
+    with bar:  # the bar is only in a terminal
+        for name, reason in outcomes(partial(_write_one, root, size), tasks, jobs):
+            if reason is not None:
+                raise catalog.CatalogError(f"the phantom {name} could not be drawn: {reason}")
+            bar.update()
+    for split, some in splits.items():
+        write_split(root, split, list(some))
+
+
+def _patients(split: str, count: int, size: tuple[int, int, int], seed: int) -> dict[str, dict]:
+    """Names and arguments of `draw` for a split's patients; how many another split has does not matter."""
+    rng = np.random.default_rng([seed, list(COUNTS).index(split)])
+    # lungs fill about 0.8 of the field of view from head to foot and 0.6 across: the crop magnifies little
+    shape = [max(round(n * m), 16) for n, m in zip(size, (1.25, 1.4, 1.4), strict=True)]
+    patients = {}
+    for number in range(1, count + 1):
+        arguments = {
+            "seed": int(rng.integers(2**31)),
+            "shape": shape,
+            "style": str(rng.choice(list(phantom.STYLES))),
+            "severity": float(np.exp(rng.uniform(*np.log(SEVERITY)))),
+        }
+        patients[f"{split}{number:02d}"] = arguments | ({"severity": None} if split == "healthy" else {})
+    return patients
+
+
+def draw(seed: int, shape, style: str, severity: float | None) -> Scan:
+    """A phantom patient as a scan; without a severity a healthy one, who has no lesion mask."""
+    kind = "healthy" if severity is None else "covid"
+    patient = phantom.chest(seed, kind=kind, shape=tuple(shape), style=style, severity=severity)
+    return Scan(patient.ct, patient.lungs, None if severity is None else patient.lesions)
+
+
+def _write_one(root: Path, size: tuple[int, int, int], task: tuple[str, dict]) -> None:
+    name, patient = task
+    write_volume(root, name, draw(**patient), size, {"phantom": patient})

@@ -252,6 +252,7 @@ class InfectionSlices(Dataset):
     size : side of the square in pixels; the paper's is 352.
     augment : flips, quarter turns, small affine and grey-value changes; call `set_epoch` before each epoch.
     seed : of the augmentation.
+    edges : how edges without a file are drawn, see `mask_edges`.
 
     Items are dicts: "image" float32 (3, size, size), normalised with ImageNet's mean and standard deviation;
     "mask" and "edge" float32 (1, size, size) in [0, 1]; "name" str.
@@ -261,7 +262,14 @@ class InfectionSlices(Dataset):
     SliceError : no files, a file without mask, an unreadable file, or a mask of another size than its image.
     """
 
-    def __init__(self, files: Sequence[SliceFiles], size: int = 352, augment: bool = False, seed: int = 0):
+    def __init__(
+        self,
+        files: Sequence[SliceFiles],
+        size: int = 352,
+        augment: bool = False,
+        seed: int = 0,
+        edges: str = "gradient",
+    ):
         if not files:
             raise SliceError("no slices to load: the list of files is empty")
         for item in files:
@@ -270,6 +278,7 @@ class InfectionSlices(Dataset):
         self.files = list(files)
         self.size = size
         self.seed = seed
+        self.edges = edges
         self.epoch = 0
         self._transforms = _augmentation(size) if augment else None
         self._stacks: dict[int, torch.Tensor] = {}
@@ -288,7 +297,7 @@ class InfectionSlices(Dataset):
         return self._stacks[index]
 
     def _read(self, item: SliceFiles) -> np.ndarray:
-        return _read_stack(item, self.size)
+        return _read_stack(item, self.size, self.edges)
 
     def __getitem__(self, index: int) -> dict:
         stack = self._stack(index).float() / 255
@@ -360,10 +369,10 @@ def _check_size(path: Path, plane: np.ndarray, image_path: Path, image: np.ndarr
         raise SliceError(f"{path} and {image_path} differ in size ({sizes} pixels): they cannot be one slice")
 
 
-def _read_stack(item: SliceFiles, size: int) -> np.ndarray:
+def _read_stack(item: SliceFiles, size: int, edges: str) -> np.ndarray:
     """Image, mask and edge of one slice, resized as the released loader does, uint8 (3, size, size)."""
     image, mask = read_image(item.image), read_mask(item.mask)
-    edge = read_mask(item.edge) if item.edge else mask_edges(mask)
+    edge = read_mask(item.edge) if item.edge else mask_edges(mask, edges)
     _check_size(item.mask, mask, item.image, image)
     _check_size(item.edge, edge, item.image, image)
     return np.stack([_resized(plane, size) for plane in (image, mask, edge)])

@@ -14,12 +14,14 @@ from covidnb import catalog, phantom
 from covidnb.slices import PARTS, lung_slices, mask_edges
 from covidnb.slices.multiclass import PALETTE
 
+POOL_TRUTH = "PhantomTruth"  # masks of the unlabelled slices: to judge pseudo-labels by, never to learn from
+
 PHANTOM = {
     "seed": 2020,
     "shape": (24, 224, 224),  # voxels z, y, x of each patient: 13 mm between slices, 1.7 mm within
     "patients": {"doctor": 10, "test": 6, "pseudo": 4},
     "slices": {"doctor": 5, "test": 5, "pseudo": 15},  # of each patient
-    "version": 1,  # of how slices are cut and written
+    "version": 2,  # of how slices are cut and written
 }
 
 
@@ -81,6 +83,9 @@ def _write_slice(root: Path, part: str, name: str, image: np.ndarray, classes: n
         "test": {"test": {"GT": infection}, "multiclass_test": {"GT": kinds}},
         "pseudo": {"pseudo": {}},
     }
+    if part == "pseudo":
+        (root / POOL_TRUTH).mkdir(exist_ok=True)
+        infection.save(root / POOL_TRUTH / f"{name}.png")
     for where, labels in written[part].items():
         for kind, content in {"Imgs": Image.fromarray(image), **labels}.items():
             path = root / PARTS[where] / kind / f"{name}.{'jpg' if kind == 'Imgs' else 'png'}"

@@ -25,9 +25,11 @@ from covidnb.nets.infnet import resize
 from covidnb.slices import (
     InfectionSlices,
     SliceFiles,
+    list_slices,
     network_input,
     read_image,
     read_mask,
+    semiseg_root,
     training_split,
 )
 from covidnb.training.loop import fit, launch, memory_advice, start_fabric, under_torchrun
@@ -40,6 +42,7 @@ from covidnb.training.run import (
     read_weights,
 )
 
+EDGES = {"doctor": "gradient", "pseudo": "canny"}  # how the data set's authors drew the edges of each part
 PICTURED = 6  # held-out slices in the picture of a validation
 
 
@@ -51,6 +54,10 @@ class InfNetConfig:
     """"phantom", "covid-semiseg", or a folder in the COVID-SemiSeg layout."""
     fold: int | None = None
     """The training fold held out for evaluation; None trains on all and evaluates on the test part."""
+    part: Literal["doctor", "pseudo"] = "doctor"
+    """Learn from the doctor's labels, or from pseudo-labels of the unlabelled slices."""
+    labels: str = ""
+    """Folder of pseudo-labels, as a propagation leaves it; empty: those that the data set has."""
     network: Literal["infnet", "unet", "unet++"] = "infnet"
     """Inf-Net, or a baseline that learns by the same loss, on its one output."""
     width: int | None = None
@@ -182,8 +189,34 @@ def ablation(values: dict, names: list[str]) -> dict[str, InfNetConfig]:
 
 
 def split_slices(config: InfNetConfig) -> tuple[list[SliceFiles], list[SliceFiles]]:
-    """List the slices to train on and those to evaluate on."""
-    return training_split(config.data, config.fold)
+    """List the slices to train on and those to evaluate on.
+
+    Raises
+    ------
+    ConfigError
+        Where an unlabelled slice has no label, neither in the data set nor in the folder `labels`.
+    """
+    train, held_out = training_split(config.data, config.fold)
+    if config.part == "doctor":
+        return train, held_out
+    return labelled(list_slices(semiseg_root(config.data), "pseudo"), config.labels), held_out
+
+
+def labelled(pool: list[SliceFiles], labels: str | Path = "") -> list[SliceFiles]:
+    """Unlabelled slices with the pseudo-labels of a folder, NAME.png each; without one, the data set's own.
+
+    Of a folder that labels only some of the slices, those.
+    """
+    if labels:
+        masks = {path.stem: path for path in Path(labels).glob("*.png")}
+        pool = [f._replace(mask=masks[f.name], edge=None) for f in pool if f.name in masks]
+        if not pool:
+            raise ConfigError(
+                f"parameter 'labels': {labels} has no NAME.png for any of the unlabelled slices"
+            )
+    elif any(f.mask is None for f in pool):
+        raise ConfigError("parameter 'labels': these slices come without labels; name a folder that has them")
+    return pool
 
 
 def build(config: InfNetConfig, pretrained: bool = False) -> nn.Module:
@@ -354,7 +387,9 @@ def _fit(fabric: Fabric, run: Run, files, held_out) -> tuple[nn.Module, list[dic
         net = build(config, pretrained=config.pretrained and saved is None)
     net = net.to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(net.parameters(), lr=config.lr)
-    slices = InfectionSlices(files, config.size, augment=config.augment, seed=config.seed)
+    slices = InfectionSlices(
+        files, config.size, augment=config.augment, seed=config.seed, edges=EDGES[config.part]
+    )
     one_epoch = partial(train_epoch, fabric, config)
     looked_at = partial(validate, held_out, config.size)
     history = fit(fabric, run, saved, net, optimizer, slices, one_epoch, len(config.scales), looked_at)

@@ -51,19 +51,24 @@ class LungCrop:
         CTError
             The mask holds no such component.
         """
-        labels, _ = ndimage.label(sitk.GetArrayViewFromImage(lungs))
+        inside = sitk.GetArrayFromImage(lungs) > 0
+        # the rest of the scan, most of it, need not be looked at for components
+        rough = (ndimage.find_objects(inside.view(np.uint8)) or [(slice(0, 1),) * 3])[0]
+        labels, _ = ndimage.label(inside[rough])
         voxels = np.bincount(labels.ravel())
         voxels[0] = 0
-        counts = voxels >= SMALLEST * labels.size
+        counts = voxels >= SMALLEST * inside.size
         if not counts.any():
             raise CTError(
                 f"this lung mask has no part of {SMALLEST:.1%} of the scan: its largest has {voxels.max()} "
-                f"of {labels.size} voxels. Give the mask of both lungs, for example from segment_lungs."
+                f"of {inside.size} voxels. Give the mask of both lungs, for example from segment_lungs."
             )
-        z, y, x = ndimage.find_objects(counts[labels].astype(np.uint8))[0]
+        boxes = [box for box, large in zip(ndimage.find_objects(labels), counts[1:], strict=True) if large]
+        faces = np.array([[(along.start, along.stop) for along in box] for box in boxes])  # (boxes, zyx, 2)
+        start = faces[:, ::-1, 0].min(0)
         return cls(
-            start=tuple(int(s.start) for s in (x, y, z)),
-            box=tuple(int(s.stop - s.start) for s in (x, y, z)),
+            start=tuple(int(a + along.start) for a, along in zip(start, rough[::-1], strict=True)),
+            box=tuple(int(n) for n in faces[:, ::-1, 1].max(0) - start),
             size=tuple(int(n) for n in size),
             scan_size=lungs.GetSize(),
             spacing=lungs.GetSpacing(),

@@ -1,5 +1,6 @@
 """Volumes: folders of scans in, crops out and back, whatever a scan does; loading and augmentation."""
 
+import errno
 import json
 import os
 import signal
@@ -389,10 +390,9 @@ def test_perspective_takes_the_corners_inwards():
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
-    """Few phantom patients, drawn in this process, in an empty cache."""
+    """Few phantom patients, in an empty cache."""
     monkeypatch.setenv("COVIDNB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(phantom_volumes, "COUNTS", {"labelled": 1, "covid": 1, "healthy": 1, "validation": 1})
-    monkeypatch.setattr(phantom_volumes.os, "cpu_count", lambda: 1)
     return tmp_path / "cache"
 
 
@@ -424,10 +424,10 @@ def test_phantom_volumes(small, monkeypatch):
 
 def test_interrupted_phantom_leaves_nothing(small, monkeypatch):
     def full(*arguments):
-        raise OSError("no room")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(phantom_volumes, "write_volume", full)
-    with pytest.raises(CatalogError, match="labelled01 could not be drawn: no room"):
+    with pytest.raises(CatalogError, match="no space left for the phantom's volumes"):
         volumes_root("phantom", SIZE)
     assert list(small.iterdir()) == []
 

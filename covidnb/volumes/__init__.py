@@ -249,7 +249,7 @@ def volumes_root(data: str | Path = "phantom", size: tuple[int, int, int] = SIZE
 
     Parameters
     ----------
-    data : "phantom" (drawn once into the cache, in about a minute), or a folder that `prepare.prepare` made.
+    data : "phantom" (drawn once into the cache, within a minute), or a folder that `prepare.prepare` made.
     size : (depth, height, width) of the phantom's volumes; a folder's are what they are.
 
     Raises

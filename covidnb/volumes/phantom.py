@@ -2,17 +2,14 @@
 
 import hashlib
 import json
-import os
-from functools import partial
 from pathlib import Path
 
 import numpy as np
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from covidnb import catalog, phantom
 from covidnb.crop import SIZE
 from covidnb.volumes import Scan, VolumeError, write_split, write_volume
-from covidnb.volumes.prepare import outcomes
 
 COUNTS = {"labelled": 1, "covid": 8, "healthy": 8, "validation": 6}
 SEVERITY = (0.04, 0.3)  # infected share of the sick, between these on a logarithmic scale
@@ -49,18 +46,13 @@ def phantom_volumes(size: tuple[int, int, int] = SIZE, *, seed: int = 2020, **co
 
 
 def _draw_all(root: Path, size: tuple[int, int, int], seed: int, counts: dict[str, int]) -> None:
-    """Write all patients' volumes and the splits, one process per core."""
+    """Write all patients' volumes and the splits."""
     splits = {split: _patients(split, count, size, seed) for split, count in counts.items()}
-    tasks = {name: (name, patient) for some in splits.values() for name, patient in some.items()}
-    jobs = min(os.cpu_count() or 1, len(tasks))
-    bar = tqdm(total=len(tasks), desc="drawing the phantom's volumes (once)", disable=None)
-    with bar:  # the bar is only in a terminal
-        for name, reason in outcomes(partial(_write_one, root, size), tasks, jobs):
-            if reason is not None:
-                raise catalog.CatalogError(f"the phantom {name} could not be drawn: {reason}")
-            bar.update()
     for split, some in splits.items():
         write_split(root, split, list(some))
+    patients = [patient for some in splits.values() for patient in some.items()]
+    for name, patient in tqdm(patients, desc="drawing the phantom's volumes (once)", disable=None):
+        write_volume(root, name, draw(**patient), size, {"phantom": patient})
 
 
 def _patients(split: str, count: int, size: tuple[int, int, int], seed: int) -> dict[str, dict]:
@@ -85,8 +77,3 @@ def draw(seed: int, shape, style: str, severity: float | None) -> Scan:
     kind = "healthy" if severity is None else "covid"
     patient = phantom.chest(seed, kind=kind, shape=tuple(shape), style=style, severity=severity)
     return Scan(patient.ct, patient.lungs, None if severity is None else patient.lesions)
-
-
-def _write_one(root: Path, size: tuple[int, int, int], task: tuple[str, dict]) -> None:
-    name, patient = task
-    write_volume(root, name, draw(**patient), size, {"phantom": patient})

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from discs import make_slices
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -26,20 +27,6 @@ from covidnb.training.infnet import InfNetConfig, load_network, predict_slices, 
 from covidnb.training.loop import JointBatches, has_stalled
 from covidnb.training.run import ConfigError, Run, notebook_parameters, parse_config
 from covidnb.training.threshold import GreyBand
-
-
-def make_slices(root: Path, part: str, names: list[str], side: int = 64) -> None:
-    """Write discs brighter than a noisy ground in the COVID-SemiSeg layout."""
-    rng = np.random.default_rng(len(names))
-    y, x = np.mgrid[:side, :side]
-    for kind in ("Imgs", "GT"):
-        (root / part / kind).mkdir(parents=True, exist_ok=True)
-    for name in names:
-        cy, cx, r = rng.uniform(16, 48, 2).tolist() + [rng.uniform(6, 14)]
-        lesion = (y - cy) ** 2 + (x - cx) ** 2 < r**2
-        grey = np.clip(60 + 90 * lesion + rng.normal(0, 12, (side, side)), 0, 255).astype(np.uint8)
-        Image.fromarray(grey).save(root / part / "Imgs" / f"{name}.png")
-        Image.fromarray(lesion.astype(np.uint8) * 255).save(root / part / "GT" / f"{name}.png")
 
 
 @pytest.fixture(scope="module")

@@ -109,6 +109,8 @@ class InfNetConfig:
         check_training(self)
         if not self.scales or min(self.scales) <= 0:
             raise ConfigError(f"parameter 'scales' needs positive numbers, got {self.scales}")
+        if self.labels and self.part != "pseudo":
+            raise ConfigError("parameter 'labels' names pseudo-labels: set part 'pseudo' to learn from them")
 
     def learning_rate(self, epoch: int) -> float:
         """Learning rate of an epoch, counted from 0."""
@@ -371,7 +373,7 @@ def train(config: InfNetConfig, out: str | Path) -> Run:
     with memory_advice(config):
         net, history = _fit(fabric, run, files, held_out)
         if fabric.is_global_zero and not (run.folder / "metrics.json").exists():
-            _evaluate(run, net, history, len(files), held_out)
+            evaluate(run, config, net, history, len(files), held_out)
     fabric.barrier()
     return run
 
@@ -408,14 +410,12 @@ def _started(config: InfNetConfig) -> nn.Module:
     return net
 
 
-def _evaluate(run: Run, net: nn.Module, history: list[dict], trained: int, held_out) -> None:
-    """Segment the held-out slices and write what a finished run has."""
-    config = run.config
+def evaluate(run: Run, config: InfNetConfig, net: nn.Module, history, trained: int, held_out) -> None:
+    """Segment the held-out slices and write what a finished run has; `config` is the network's."""
     maps = predict_slices(net, held_out, config.size)
     write_predictions(run.folder / "predictions", held_out, maps)
-    scores = score(maps, held_out)
     counts = {"trained": trained, "evaluated": len(held_out)}
-    run.finish(net, history, counts, null_nan(scores))
+    run.finish(net, history, counts, null_nan(score(maps, held_out)), built_by=config)
 
 
 def load_network(weights: str | Path) -> tuple[nn.Module, InfNetConfig]:

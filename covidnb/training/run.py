@@ -124,6 +124,23 @@ def from_recipe(kind: type, recipes: dict[str, dict], values: dict):
     return parse_config(kind, recipes[recipe] | values)
 
 
+def check_positive(config, names: tuple[str, ...]) -> None:
+    """Check that whole numbers are at least 1, and that 'size' can be halved five times.
+
+    Raises
+    ------
+    ConfigError
+        Naming the field.
+    """
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ConfigError(f"parameter {name!r} must be at least 1, got {getattr(config, name)}")
+    if config.size % 32:
+        raise ConfigError(f"parameter 'size' must be a multiple of 32, got {config.size}")
+    if not 0 < config.lr < 1:
+        raise ConfigError(f"parameter 'lr' must lie between 0 and 1, got {config.lr}")
+
+
 def check_training(config) -> None:
     """Check the fields that all loops on slices share.
 
@@ -132,13 +149,7 @@ def check_training(config) -> None:
     ConfigError
         Naming a field with a value that cannot be.
     """
-    for name in ("size", "batch", "epochs", "devices"):
-        if getattr(config, name) < 1:
-            raise ConfigError(f"parameter {name!r} must be at least 1, got {getattr(config, name)}")
-    if config.size % 32:
-        raise ConfigError(f"parameter 'size' must be a multiple of 32, got {config.size}")
-    if not 0 < config.lr < 1:
-        raise ConfigError(f"parameter 'lr' must lie between 0 and 1, got {config.lr}")
+    check_positive(config, ("size", "batch", "epochs", "devices"))
     if config.validate_every and config.fold is None:
         raise ConfigError("parameter 'validate_every' needs a 'fold' to score: the test part is for the end")
     if config.patience and not config.validate_every:
@@ -256,8 +267,9 @@ class Run:
         if self._events is None:
             self._events = _event_writer(self.folder / "tensorboard", last["epoch"])
         if self._events:
-            for name in last.keys() - {"epoch"}:
-                self._events.add_scalar(name, last[name], last["epoch"])
+            for name, value in last.items():
+                if isinstance(value, int | float) and name != "epoch":
+                    self._events.add_scalar(name, value, last["epoch"])
             if picture is not None:
                 self._events.add_image("validation", picture, last["epoch"], dataformats="HWC")
             self._events.flush()
@@ -301,6 +313,7 @@ class Run:
         scores: dict,
         on_card: dict | None = None,
         output: str = "probability of infection for each pixel; 0.5 is the cut.",
+        built_by=None,
     ) -> None:
         """Write what a finished run has: its weights, its model card and, last, metrics.json.
 
@@ -318,16 +331,18 @@ class Run:
             What the card shows of them, name to float; without it, the floats among the scores.
         output : str
             What the network says of a pixel.
+        built_by : dataclass, optional
+            The config that builds the network, for the weights' header; without it, the run's.
         """
-        self.save_weights(net)
+        self.save_weights(net, built_by)
         self.write_card(type(net).__name__, counts, on_card or scores, output)
         seconds = sum(row["seconds"] for row in history)
         result = {"scores": scores, "slices": counts, "seconds": seconds, "versions": versions()}
         self.write_json("metrics.json", result)
 
-    def save_weights(self, net: nn.Module) -> None:
-        """Write the trained weights as safetensors; the config goes into the file's header."""
-        made = {"network": type(net).__name__, "config": dataclasses.asdict(self.config)}
+    def save_weights(self, net: nn.Module, built_by=None) -> None:
+        """Write the trained weights as safetensors, with the config that builds their network."""
+        made = {"network": type(net).__name__, "config": dataclasses.asdict(built_by or self.config)}
         header = {HEADER: json.dumps(made)}  # one entry: safetensors writes several in any order
         with whole(self.weights_path) as part:
             save_file({k: v.contiguous().cpu() for k, v in net.state_dict().items()}, part, metadata=header)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,14 @@ from covidnb.slices import list_slices, semiseg_root
 from covidnb.training import infnet, semi_infnet
 from covidnb.training.infnet import InfNetConfig, load_network, split_slices, train
 from covidnb.training.run import ConfigError, parse_config
-from covidnb.training.semi_infnet import Drift, PropagationConfig, check_drift, propagate, to_learn_from
+from covidnb.training.semi_infnet import (
+    Drift,
+    PropagationConfig,
+    check_drift,
+    plan,
+    propagate,
+    to_learn_from,
+)
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +90,34 @@ class TestConfig:
     def test_labels_need_their_part(self):
         with pytest.raises(ConfigError, match="'labels' names pseudo-labels: set part"):
             InfNetConfig(labels="runs/x/labels")
+
+
+class TestPlan:
+    def test_stages_follow_one_another(self):
+        configs = plan({"recipe": "lite", "seed": 3, "pseudo": {"epochs": 2}}, "runs/x")
+        assert list(configs) == ["infnet", "propagation", "pseudo", "doctor"]
+        assert configs["propagation"].start == str(Path("runs/x/infnet/weights.safetensors"))
+        assert configs["pseudo"].labels == str(Path("runs/x/propagation/labels"))
+        assert configs["doctor"].start == str(Path("runs/x/pseudo/weights.safetensors"))
+        assert {c.seed for c in configs.values()} == {3} and configs["pseudo"].epochs == 2
+        assert configs["doctor"].lr < configs["infnet"].lr
+
+    def test_what_is_there_is_not_made_again(self):
+        configs = plan({"start": "w.safetensors", "labels": "authors", "data": "covid-semiseg"}, "runs/x")
+        assert list(configs) == ["pseudo", "doctor"] and configs["pseudo"].labels == ""
+        assert plan({"start": "w.safetensors"}, "x")["propagation"].start == "w.safetensors"
+
+    def test_the_paper_s_recipe_is_the_default_of_each(self):
+        configs = plan({"recipe": "paper"}, "x")
+        assert configs["propagation"] == PropagationConfig(start=configs["propagation"].start)
+        assert configs["infnet"] == InfNetConfig()
+
+    @pytest.mark.parametrize(
+        "values", [{"labels": "mine"}, {"recipe": "huge"}, {"epoch": 3}, {"pseudo": {"rounds": 2}}]
+    )
+    def test_unknown_values_are_refused(self, values):
+        with pytest.raises(ConfigError):
+            plan(values, "x")
 
 
 def test_paper_learns_from_all_incremental_from_a_sample():

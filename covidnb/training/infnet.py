@@ -128,9 +128,9 @@ RECIPES = {
         "backbone": "efficientnet_lite0",
         "size": 256,
         "batch": 8,
-        "epochs": 30,
+        "epochs": 60,
         "lr": 3e-4,
-        "drop_epoch": 24,
+        "drop_epoch": 48,
         "augment": True,
     },
     "laptop": {

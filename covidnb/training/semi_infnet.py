@@ -27,10 +27,12 @@ from covidnb.slices import InfectionSlices, SliceFiles, list_slices, read_mask, 
 from covidnb.training.infnet import (
     EDGES,
     InfNetConfig,
+    configure,
     evaluate,
     load_network,
     predict_slices,
     split_slices,
+    train,
     train_epoch,
 )
 from covidnb.training.loop import JointBatches, memory_advice, start_fabric
@@ -97,6 +99,73 @@ class PropagationConfig:
         return replace(
             started, part="doctor", start="", scales=(1.0,), **{name: getattr(self, name) for name in own}
         )
+
+
+STAGES = {
+    "paper": {"propagation": {}, "pseudo": {}, "doctor": {}},
+    "lite": {
+        "propagation": {"strategy": "incremental", "per_round": 40, "replay": 60, "epochs": 1, "size": 256}
+        | {"lr": 1e-4, "augment": True},
+        "pseudo": {"scales": [1.0], "epochs": 4, "drop_epoch": 3},
+        "doctor": {"epochs": 30, "lr": 1e-4, "drop_epoch": 24},
+    },
+    "laptop": {
+        "propagation": {"strategy": "incremental", "per_round": 15, "replay": 30, "epochs": 2, "size": 160}
+        | {"batch": 8, "lr": 3e-4, "augment": True},
+        "pseudo": {"epochs": 8, "drop_epoch": 7},
+        "doctor": {"epochs": 8, "lr": 1e-3, "drop_epoch": 6},
+    },
+}
+"""What the stages of Semi-Inf-Net set beside the Inf-Net recipe of the same name."""
+
+
+def plan(values: dict, out: str | Path) -> dict[str, InfNetConfig | PropagationConfig]:
+    """Make the configs of Semi-Inf-Net's runs, in their order; `execute` runs them in folders of `out`.
+
+    Parameters
+    ----------
+    values : dict
+        "recipe" as in `infnet.configure`; "start": weights of an Inf-Net that is there already, or empty to
+        train one first ("infnet"); "labels": "own", or "authors" for the data set's pseudo-labels, which need
+        no propagation; "infnet", "propagation", "pseudo", "doctor": fields of one stage alone; the rest are
+        fields of all of them, such as data, fold, seed and precision.
+    out : str or Path
+
+    Raises
+    ------
+    ConfigError
+        For what no stage knows.
+    """
+    values = {"recipe": "auto", "start": "", "labels": "own"} | values
+    names = ("infnet", "propagation", "pseudo", "doctor")
+    own = {name: dict(values.pop(name, {})) for name in names}
+    recipe, start, labels = (values.pop(name) for name in ("recipe", "start", "labels"))
+    if recipe == "auto":
+        recipe = "laptop" if values.get("data", "phantom") == "phantom" else "lite"
+    if labels not in ("own", "authors"):
+        raise ConfigError(f"parameter 'labels' must be 'own' or 'authors', got {labels!r}")
+    weights = {name: str(Path(out) / name / "weights.safetensors") for name in names}
+    own["propagation"] |= {"start": start or weights["infnet"]}
+    own["pseudo"] |= {"part": "pseudo"}
+    if labels == "own":
+        own["pseudo"] |= {"labels": str(Path(out) / "propagation" / "labels")}
+    own["doctor"] |= {"start": weights["pseudo"]}
+    configs = {}
+    for name in names:
+        if name == "infnet" and start or name == "propagation" and labels == "authors":
+            continue
+        fields = values | STAGES.get(recipe, {}).get(name, {}) | own[name]
+        if name == "propagation":
+            configs[name] = parse_config(PropagationConfig, fields)
+        else:
+            configs[name] = configure(fields | {"recipe": recipe})
+    return configs
+
+
+def execute(configs: dict[str, InfNetConfig | PropagationConfig], out: str | Path) -> dict[str, Run]:
+    """Run the stages of `plan`, each in its folder of `out`; those that are finished are only opened."""
+    run = {PropagationConfig: propagate, InfNetConfig: train}
+    return {name: run[type(config)](config, Path(out) / name) for name, config in configs.items()}
 
 
 def next_slices(config: PropagationConfig, net: nn.Module, waiting: list[SliceFiles], size: int) -> list[int]:

@@ -413,10 +413,11 @@ def test_phantom_volumes(small, monkeypatch):
         patch.setattr(phantom_volumes, "_draw_all", lambda *a: pytest.fail("drawn twice"))
         assert volumes_root("phantom", SIZE) == root
     before = (root / "images" / f"{covid.name}.nii.gz").read_bytes()
-    more = phantom_volumes.phantom_volumes(SIZE, labelled=2)
+    more = phantom_volumes.phantom_volumes(SIZE, labelled=2, healthy=0, validation=0)
     assert more != root and len(list_volumes(more, "labelled")) == 2
     assert (more / "images" / f"{covid.name}.nii.gz").read_bytes() == before
-    other = list_volumes(phantom_volumes.phantom_volumes(SIZE, seed=1), "covid")[0]
+    one = dict.fromkeys(SPLITS, 0) | {"covid": 1}
+    (other,) = list_volumes(phantom_volumes.phantom_volumes(SIZE, seed=1, **one))
     assert other.image.read_bytes() != before
     with pytest.raises(VolumeError, match="'sick'.*covid"):
         phantom_volumes.phantom_volumes(SIZE, sick=3)

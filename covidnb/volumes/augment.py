@@ -75,7 +75,7 @@ def _transforms(width: int) -> tuple[Compose, RandGaussianSmooth]:
         [
             RandFlip(prob=0.5, spatial_axis=1),
             RandAffine(rotate_range=np.radians(5), scale_range=(enlarge, enlarge), **warp),
-            # every eighth pixel moved by N(0, s); at most as far, in the mean, as uniform +-0.4 pixels
+            # every eighth pixel moves by N(0, s): in the mean as far as by the paper's uniform +-0.4 pixels
             Rand2DElastic(spacing=(8, 8), magnitude_range=(0.0, 0.4 / np.sqrt(3) * pixel), **warp),
             RandPerspective(scale=(0.01, 0.03), prob=SOMETIMES),
         ]

@@ -143,6 +143,17 @@ RECIPES = {
         "drop_epoch": 13,
         "augment": True,
     },
+    "glance": {
+        "backbone": "efficientnet_lite0",
+        "pretrained": False,
+        "size": 96,
+        "scales": (1.0,),
+        "batch": 8,
+        "epochs": 16,
+        "lr": 3e-3,
+        "drop_epoch": 13,
+        "augment": True,
+    },
 }
 
 
@@ -165,8 +176,8 @@ def configure(values: dict) -> InfNetConfig:
     values : dict
         Fields of `InfNetConfig`, and optionally "recipe": "paper" (Res2Net-50 at 352 pixels: for a GPU),
         "lite" (EfficientNet-Lite0 with ImageNet weights at 256 pixels: real slices on two cores), "laptop"
-        (the same from random weights at 160 pixels: nothing to download), or "auto": "laptop" on the phantom,
-        else "lite".
+        (the same from random weights at 160 pixels: nothing to download), "glance" (that at 96 pixels and one
+        scale: seconds, where many runs are compared), or "auto": "laptop" on the phantom, else "lite".
 
     Raises
     ------

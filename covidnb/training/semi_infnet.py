@@ -115,6 +115,12 @@ STAGES = {
         "pseudo": {"epochs": 8, "drop_epoch": 7},
         "doctor": {"epochs": 8, "lr": 1e-3, "drop_epoch": 6},
     },
+    "glance": {
+        "propagation": {"strategy": "incremental", "per_round": 15, "replay": 30, "epochs": 2, "size": 96}
+        | {"batch": 8, "lr": 1e-3, "augment": True},
+        "pseudo": {"epochs": 12, "drop_epoch": 10},
+        "doctor": {"epochs": 8, "lr": 1e-3, "drop_epoch": 6},
+    },
 }
 """What the stages of Semi-Inf-Net set beside the Inf-Net recipe of the same name."""
 

@@ -1,0 +1,95 @@
+"""Several trained networks as one: their maps averaged, over a slice's mirror images too if asked for.
+
+`python -m covidnb.training.ensemble RUN_FOLDER WEIGHTS... --data covid-semiseg --flips`
+"""
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+from tqdm.auto import tqdm
+
+from covidnb.metrics import null_nan
+from covidnb.slices import read_image, training_split
+from covidnb.training.infnet import load_network, predict_greys, score, write_predictions
+from covidnb.training.run import ConfigError, Run, versions
+
+
+@dataclass(frozen=True)
+class EnsembleConfig:
+    """Which networks are averaged, and on what they are scored."""
+
+    weights: tuple[str, ...] = ()
+    """weights.safetensors of finished runs on infection slices; one is enough to see what flips bring."""
+    flips: bool = False
+    """Average each network's maps of the slice in eight positions: mirrored or not, four quarter turns."""
+    data: str = "phantom"
+    """"phantom", "covid-semiseg", or a folder in the COVID-SemiSeg layout."""
+    fold: int | None = None
+    """The training fold that is scored, and that no network has learnt from; None: the test part."""
+
+    def __post_init__(self):
+        if not self.weights:
+            raise ConfigError("parameter 'weights' needs at least one weights.safetensors of a finished run")
+
+
+def average_maps(net: nn.Module, greys: list[np.ndarray], size: int, flips: bool) -> list[np.ndarray]:
+    """Lesion probability of slices, see `predict_greys`; with `flips` the mean over their eight positions."""
+    if not flips:
+        return predict_greys(net, greys, size)
+    sums = [np.zeros(grey.shape, np.float32) for grey in greys]
+    for turns in range(4):
+        for mirrored in (slice(None), slice(None, None, -1)):
+            # contiguous: torch takes no array that runs backwards
+            moved = [np.ascontiguousarray(np.rot90(grey[:, mirrored], turns)) for grey in greys]
+            for total, one in zip(sums, predict_greys(net, moved, size), strict=True):
+                total += np.rot90(one, -turns)[:, mirrored]
+    return [total / 8 for total in sums]
+
+
+def evaluate(config: EnsembleConfig, out: str | Path) -> Run:
+    """Score the averaged maps of trained networks in a run folder: config, predictions/ and metrics.json.
+
+    Raises
+    ------
+    ConfigError
+        Where weights cannot be used, or a network has learnt from the fold that is to be scored.
+    """
+    run = Run(out, config)
+    _, held_out = training_split(config.data, config.fold)
+    greys = [read_image(f.image) for f in held_out]
+    sums = [np.zeros(grey.shape, np.float32) for grey in greys]
+    for path in tqdm(config.weights, unit="network"):
+        net, theirs = load_network(path)
+        if theirs.data == config.data and config.fold not in (None, theirs.fold):
+            raise ConfigError(f"parameter 'weights': {path} held out fold {theirs.fold}, not {config.fold}")
+        for total, one in zip(sums, average_maps(net, greys, theirs.size, config.flips), strict=True):
+            total += one
+    maps = [total / len(config.weights) for total in sums]
+    write_predictions(run.folder / "predictions", held_out, maps)
+    result = {"scores": null_nan(score(maps, held_out)), "slices": {"evaluated": len(held_out)}}
+    run.write_json("metrics.json", result | {"seconds": 0, "versions": versions()})
+    return run
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m covidnb.training.ensemble", description=evaluate.__doc__.splitlines()[0]
+    )
+    parser.add_argument("out", help="run folder")
+    parser.add_argument("weights", nargs="+", help="weights.safetensors of finished runs")
+    parser.add_argument("--data", default=EnsembleConfig.data, help="phantom, covid-semiseg or a folder")
+    parser.add_argument("--fold", type=int, help="training fold to score, instead of the test part")
+    parser.add_argument("--flips", action="store_true", help="average over a slice's eight positions too")
+    asked = parser.parse_args(argv)
+    run = evaluate(EnsembleConfig(tuple(asked.weights), asked.flips, asked.data, asked.fold), asked.out)
+    scores = json.loads((run.folder / "metrics.json").read_text())["scores"]
+    print(json.dumps({name: value for name, value in scores.items() if name != "per_slice"}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""Averages of maps over networks and over a slice's positions."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from discs import make_slices
+
+from covidnb.nets import InfNet
+from covidnb.slices import list_slices, read_image
+from covidnb.training import ensemble
+from covidnb.training.ensemble import EnsembleConfig, average_maps, evaluate
+from covidnb.training.infnet import InfNetConfig, load_network, predict_slices
+from covidnb.training.run import ConfigError, Run
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("discs")
+    make_slices(root, "TrainingSet/LungInfection-Train/Doctor-label", [f"a{k}_1" for k in range(5)])
+    make_slices(root, "TestingSet/LungInfection-Test", ["b_1", "b_2"])
+    return root
+
+
+@pytest.fixture(scope="module")
+def weights(data, tmp_path_factory):
+    """Two untrained networks, the second of fold 1."""
+    config = InfNetConfig(data=str(data), backbone="efficientnet_lite0", pretrained=False, size=64)
+    paths = []
+    for fold in (None, 1):
+        run = Run(tmp_path_factory.mktemp("run"), replace(config, fold=fold))
+        run.save_weights(InfNet(config.backbone))
+        paths.append(str(run.weights_path))
+    return paths
+
+
+def test_positions_are_undone(monkeypatch):
+    """A network that answers with the slice itself gives the slice back, whatever its shape."""
+    monkeypatch.setattr(
+        ensemble, "predict_greys", lambda net, greys, size: [g / np.float32(255) for g in greys]
+    )
+    grey = np.random.default_rng(0).integers(0, 256, (5, 8), np.uint8)
+    np.testing.assert_allclose(average_maps(None, [grey], 64, flips=True)[0], grey / 255, atol=1e-6)
+
+
+def test_mean_of_networks_is_scored(data, weights, tmp_path):
+    ensemble.main([str(tmp_path), *weights, "--data", str(data)])
+    files = list_slices(data, "test")
+    maps = [predict_slices(load_network(path)[0], files, 64) for path in weights]
+    stored = read_image(tmp_path / "predictions" / "b_2.png")
+    np.testing.assert_allclose(stored, 255 * (maps[0][1] + maps[1][1]) / 2, atol=0.51)
+    result = json.loads((tmp_path / "metrics.json").read_text())
+    assert result["slices"] == {"evaluated": 2} and 0 <= result["scores"]["meanDic"] <= 1
+
+
+def test_slices_that_were_learnt_are_not_scored(data, weights, tmp_path):
+    with pytest.raises(ConfigError, match="held out fold None, not 1"):
+        evaluate(EnsembleConfig(weights=tuple(weights), data=str(data), fold=1), tmp_path)
+    with pytest.raises(ConfigError, match="'weights' needs at least one"):
+        EnsembleConfig()

@@ -243,6 +243,30 @@ class TestLosses:
         torch.testing.assert_close(heavy / wrong.cross_entropy, 1 + 2 * share)
 
 
+class Spot(torch.nn.Module):
+    """Repeat the slice as logits, with one pixel of its own whatever the slice is turned to."""
+
+    def __init__(self, height: float):
+        super().__init__()
+        self.height = torch.nn.Parameter(torch.tensor(height))
+
+    def forward(self, x):
+        logits = x[:, :3].clone()
+        logits[:, :, 1, 2] += self.height
+        return logits
+
+
+def test_flips_average_over_eight_positions_turned_back(rings):
+    grey = planes(rings)[0]
+    plain, flips = (MultiClassConfig(size=64, flips=f) for f in (False, True))
+    once = predict_slice(Spot(0.0), plain, grey)
+    np.testing.assert_allclose(predict_slice(Spot(0.0), flips, grey), once, atol=1e-6)
+    spotted = [np.abs(predict_slice(Spot(50.0), config, grey) - once)[0] for config in (plain, flips)]
+    assert [(s > 1e-3).sum() for s in spotted] == [1, 8]
+    places = {(y, x) for a, b in ((1, 2), (2, 1)) for y in (a, 63 - a) for x in (b, 63 - b)}
+    assert set(zip(*map(list, np.nonzero(spotted[1] > 1e-3)), strict=True)) == places
+
+
 class TestConfig:
     @pytest.mark.parametrize(
         ("values", "field"),
@@ -263,7 +287,7 @@ class TestConfig:
 
     def test_recipes(self):
         assert configure({"recipe": "paper"}) == MultiClassConfig()
-        assert configure({}).size == 160 and configure({"data": "covid-semiseg"}).pretrained
+        assert configure({}).width == 16 and configure({"data": "covid-semiseg"}).network == "fcn8s"
         with pytest.raises(ConfigError, match="'recipe'"):
             configure({"recipe": "best"})
 
@@ -309,6 +333,7 @@ def test_every_network_takes_a_step(tiny, tmp_path, network, prior):
     config = replace(
         tiny,
         network=network,
+        width=8,
         prior=prior,
         eval_prior="label" if prior == "label" else "",
         epochs=1,

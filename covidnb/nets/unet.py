@@ -68,11 +68,11 @@ class MultiClassUNet(UNet):
     """The network that tells ground glass from consolidation: slice and prior in, three classes out.
 
     17,269,251 parameters (Fan et al., TMI 2020). Input (N, 6, H, W): the slice and its infection prior, three
-    channels each. Output: logits of background, ground-glass opacity, consolidation.
+    channels each; 3 for the slice alone. Output: logits of background, ground-glass opacity, consolidation.
     """
 
-    def __init__(self):
-        super().__init__(inputs=6, classes=3)
+    def __init__(self, inputs: int = 6, width: int = 64):
+        super().__init__(inputs, classes=3, width=width)
 
 
 class UNetPlusPlus(nn.Module):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from covidnb.losses import MultiClassLoss, multiclass_bce_loss, multiclass_dice_loss
 from covidnb.metrics import dice_at, null_nan, slice_scores
-from covidnb.nets import DeepLabV3Plus, FCN8s, MultiClassUNet, UNet
+from covidnb.nets import DeepLabV3Plus, FCN8s, MultiClassUNet
 from covidnb.nets.infnet import resize
 from covidnb.slices import SliceFiles, read_classes, read_image, training_split
 from covidnb.slices.multiclass import (
@@ -54,6 +54,8 @@ class MultiClassConfig:
     """The training fold held out for evaluation; None trains on all and evaluates on the test part."""
     network: Literal["unet", "fcn8s", "deeplab"] = "unet"
     """The paper's multi-class U-Net, FCN8s or DeepLabV3+."""
+    width: int = 64
+    """Channels of the U-Net's first level."""
     backbone: str = "resnet50"
     """Of FCN8s and DeepLabV3+: a name of covidnb.nets.backbones.BACKBONES."""
     pretrained: bool = True
@@ -88,6 +90,8 @@ class MultiClassConfig:
     """Of background, GGO and consolidation in the cross-entropy of the "dice" loss."""
     augment: bool = False
     """Flips, quarter turns, small affine and grey-value changes; the paper has none."""
+    flips: bool = False
+    """Average the maps of a slice in eight positions: mirrored or not, four quarter turns."""
     validate_every: int = 0
     """Score the held-out fold every so many epochs; 0 only at the end."""
     patience: int = 0
@@ -143,9 +147,7 @@ RECIPES = {
         "augment": True,
     },
     "laptop": {
-        "network": "fcn8s",
-        "backbone": "efficientnet_lite0",
-        "pretrained": False,
+        "width": 16,
         "prior_noise": 1.0,
         "size": 160,
         "batch": 8,
@@ -167,7 +169,7 @@ def configure(values: dict) -> MultiClassConfig:
     values : dict
         Fields of `MultiClassConfig`, and optionally "recipe": "paper" (the multi-class U-Net at 352 pixels:
         for a GPU), "lite" (FCN8s on EfficientNet-Lite0 with ImageNet weights at 256 pixels: real slices on
-        two cores), "laptop" (the same from random weights at 160 pixels: nothing to download), or "auto":
+        two cores), "laptop" (a U-Net a quarter as wide at 160 pixels: nothing to download), or "auto":
         "laptop" on the phantom, else "lite".
 
     Raises
@@ -187,7 +189,7 @@ def build(config: MultiClassConfig, pretrained: bool = False) -> nn.Module:
     """Make the network that a config names, with the backbone's ImageNet weights if asked for."""
     inputs = 6 if config.takes_prior else 3
     if config.network == "unet":
-        return MultiClassUNet() if config.takes_prior else UNet(inputs, classes=len(CLASSES))
+        return MultiClassUNet(inputs, config.width)
     if config.network == "fcn8s":
         return FCN8s(config.backbone, pretrained, inputs)
     return DeepLabV3Plus(config.backbone, pretrained, inputs, output_stride=config.output_stride)
@@ -241,7 +243,7 @@ def predict_slice(
     net : Module
         Of `load_network`, or the authors' weights in a `MultiClassUNet` with `channel_order` "official".
     config : MultiClassConfig
-        Its size, loss and channel order tell how to feed and read the network.
+        Its size, loss, channel order and flips tell how to feed and read the network.
     grey : uint8 (H, W)
         The slice, in a lung window, cropped to the lungs.
     prior : uint8 (H, W), optional
@@ -255,9 +257,15 @@ def predict_slice(
     was_training = net.training
     net.eval()
     device = next(net.parameters()).device
-    logits = net(class_input(grey, prior, config.size)[None].to(device)).float().cpu()
+    square = class_input(grey, prior, config.size).to(device)
+    positions = [(turns, mirrored) for turns in range(4) for mirrored in (False, True)]
+    positions = positions if config.flips else positions[:1]
+    moved = [torch.rot90(square.flip(2) if m else square, turns, (1, 2)) for turns, m in positions]
+    logits = net(torch.stack(moved)).float().cpu()
     net.train(was_training)
-    return probabilities(resize(logits, grey.shape), config)[0].numpy()
+    back = [torch.rot90(one, -turns, (1, 2)) for one, (turns, _) in zip(logits, positions, strict=True)]
+    back = torch.stack([one.flip(2) if m else one for one, (_, m) in zip(back, positions, strict=True)])
+    return probabilities(resize(back, grey.shape), config).mean(0).numpy()
 
 
 def predict_slices(

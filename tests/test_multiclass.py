@@ -40,6 +40,7 @@ from covidnb.training.multiclass import (
     train,
 )
 from covidnb.training.run import ConfigError, Run, parse_config
+from covidnb.training.threshold import ConsolidationCut
 
 
 def make_classes(root: Path, part: str, names: list[str], side: int = 64) -> None:
@@ -265,6 +266,28 @@ def test_flips_average_over_eight_positions_turned_back(rings):
     assert [(s > 1e-3).sum() for s in spotted] == [1, 8]
     places = {(y, x) for a, b in ((1, 2), (2, 1)) for y in (a, 63 - a) for x in (b, 63 - b)}
     assert set(zip(*map(list, np.nonzero(spotted[1] > 1e-3)), strict=True)) == places
+
+
+def test_consolidation_cut_is_the_best_of_all():
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (40, 40), np.uint8) for _ in range(3)]
+    classes = [rng.integers(0, 3, (40, 40)).astype(np.uint8) for _ in range(2)] + [
+        np.ones((40, 40), np.uint8)
+    ]
+    cut = ConsolidationCut.fit(images, classes)
+
+    def dice(grey):
+        found = [ConsolidationCut(grey, 0).predict(i, c > 0) for i, c in zip(images, classes, strict=True)]
+        return np.mean(
+            [
+                2 * ((f == k) & (c == k)).sum() / max(1, (f == k).sum() + (c == k).sum())
+                for k in (1, 2)
+                for f, c in zip(found, classes, strict=True)
+            ]
+        )
+
+    assert cut.dice == pytest.approx(dice(cut.grey))
+    assert cut.dice == pytest.approx(max(dice(grey) for grey in range(257)))
 
 
 class TestConfig:

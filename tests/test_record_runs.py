@@ -12,7 +12,9 @@ def finished(folder, dice):
     row = {"name": "7", "meanDic": dice, "dice_at_0.5": dice}
     metrics = {"scores": scores | {"per_slice": [row]}, "seconds": 61.4, "versions": {"torch": "2"}}
     (folder / "metrics.json").write_text(json.dumps(metrics))
-    (folder / "config.json").write_text('{"seed": 3}')
+    (folder / "config.json").write_text(
+        '{"seed": 3, "start": "/x/infnet/w.safetensors", "weights": ["/x/a/w"]}'
+    )
     return folder
 
 
@@ -23,7 +25,7 @@ def test_runs_are_added_and_replaced(tmp_path):
     kept = json.loads(record.read_text())
     assert [one["name"] for one in kept] == ["a", "b"]
     assert kept[0]["slices"] == {"7": [0.5123, 0.5123]} and kept[1]["scores"]["meanDic"] == 0.75
-    assert kept[0]["config"] == {"seed": 3} and kept[0]["seconds"] == 61
+    assert kept[0]["config"] == {"seed": 3, "start": "infnet", "weights": ["a"]} and kept[0]["seconds"] == 61
 
 
 def test_an_unfinished_run_is_named(tmp_path):

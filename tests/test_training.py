@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -427,3 +428,16 @@ for (name, p), q in zip(shared.named_buffers(), alone.buffers(), strict=True):
 def epochs_logged(folder: Path) -> int:
     log = folder / "log.csv"
     return len(log.read_text().splitlines()) - 1 if log.exists() else 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler (g++)")
+def test_compiled_network_learns_the_same(tiny, tmp_path):
+    part = {"network": "unet", "width": 2, "size": 32, "epochs": 1}
+    losses = []
+    for compiled in (False, True):
+        folder = tmp_path / str(compiled)
+        run = train(replace(tiny, compile=compiled, **part), folder)
+        losses.append(float(np.genfromtxt(folder / "log.csv", delimiter=",", names=True)["total"]))
+        assert load_network(run.weights_path)[0].head.weight.shape == (1, 2, 1, 1)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)

@@ -14,6 +14,13 @@ from covidnb.files import whole
 SCORES = ("dice_at_0.5", "meanDic", "meanSen", "meanSpe", "Sm", "meanEm", "MAE")
 
 
+def without_paths(value):
+    """A config's value; weights of another run, a path of one machine, by the name of that run's folder."""
+    if isinstance(value, list):
+        return [without_paths(one) for one in value]
+    return Path(value).parent.name if isinstance(value, str) and "/" in value else value
+
+
 def entry(folder: Path) -> dict:
     """Config, scores, and scores by slice of one finished run; its seeds agree on fewer than four digits."""
     try:
@@ -25,7 +32,7 @@ def entry(folder: Path) -> dict:
     scores = metrics["scores"]
     return {
         "name": folder.name,
-        "config": config,
+        "config": {field: without_paths(value) for field, value in config.items()},
         "scores": {name: round(scores[name], 4) for name in SCORES},
         "slices": {
             row["name"]: [round(row[name], 4) for name in ("dice_at_0.5", "meanDic")]

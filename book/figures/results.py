@@ -1,0 +1,88 @@
+"""The tables of the results page, made of what runs have written to data/results."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+from IPython.display import Markdown
+
+RECORDS = Path(__file__).resolve().parents[2] / "data" / "results"
+SCORES = {
+    "meanDic": "mean Dice",
+    "dice_at_0.5": "Dice at 0.5",
+    "meanSen": "Sen",
+    "meanSpe": "Spe",
+    "Sm": "S",
+    "meanEm": "E",
+    "MAE": "MAE",
+}
+# Fan et al., TMI 2020, the toolbox's figures; Dice at 0.5 was measured on the maps that the authors released
+PUBLISHED = {
+    "U-Net, published": (0.439, 0.541, 0.534, 0.858, 0.622, 0.625, 0.186),
+    "U-Net++, published": (0.581, 0.706, 0.672, 0.902, 0.722, 0.720, 0.120),
+    "Inf-Net, published": (0.682, 0.738, 0.692, 0.943, 0.781, 0.838, 0.082),
+    "Semi-Inf-Net, published": (0.739, 0.770, 0.725, 0.960, 0.800, 0.894, 0.064),
+}
+
+
+def record(name: str) -> dict[str, list[dict]]:
+    """Runs of a record by what they share: their names without the seed or fold at the end."""
+    groups: dict[str, list[dict]] = {}
+    for run in json.loads((RECORDS / f"{name}.json").read_text()):
+        groups.setdefault(re.sub(r"-(seed|fold)\d+$", "", run["name"]), []).append(run)
+    return groups
+
+
+def cell(values: list[float]) -> str:
+    """Mean of a score over runs, with its standard deviation where there are several; no leading zero."""
+    text = f"{np.mean(values):.3f}"
+    if len(values) > 1:
+        text += f" ± {np.std(values, ddof=1):.3f}"
+    return re.sub(r"\b0\.", ".", text)
+
+
+def test_table(name: str, titles: dict[str, str], published: tuple[str, ...]) -> Markdown:
+    """Published rows, then a row for each group of runs that was scored on the test slices.
+
+    Parameters
+    ----------
+    name : the record.
+    titles : group to the name of its row, in their order.
+    published : rows of `PUBLISHED`.
+    """
+    lines = [f"| | {' | '.join(SCORES.values())} | runs | minutes each |", "| --- |" + " --- |" * 9]
+    for row in published:
+        figures = " | ".join(cell([value]) for value in PUBLISHED[row])
+        lines.append(f"| *{row}* | {figures} | | |")
+    groups = record(name)
+    for group, title in titles.items():
+        if group in groups:
+            runs = groups[group]
+            figures = " | ".join(cell([run["scores"][score] for run in runs]) for score in SCORES)
+            minutes = np.mean([run["seconds"] for run in runs]) / 60
+            lines.append(f"| {title} | {figures} | {len(runs)} | {f'{minutes:.0f}' if minutes else ''} |")
+    return Markdown("\n".join(lines))
+
+
+def fold_table(name: str, titles: dict[str, str], reference: str) -> Markdown:
+    """Mean Dice of each fold and group, their mean, and the paired difference to a reference group."""
+    groups = record(name)
+    by_fold = {
+        group: {run["config"]["fold"]: run["scores"]["meanDic"] for run in groups[group]}
+        for group in titles
+        if group in groups
+    }
+    folds = sorted({fold for scores in by_fold.values() for fold in scores})
+    heads = " | ".join(f"fold {fold}" for fold in folds)
+    lines = [f"| | {heads} | mean | Dice at 0.5 | against {titles[reference]} |"]
+    lines.append("| --- |" + " --- |" * (len(folds) + 3))
+    for group, scores in by_fold.items():
+        figures = " | ".join(cell([scores[fold]]) if fold in scores else "" for fold in folds)
+        cut = cell([float(np.mean([run["scores"]["dice_at_0.5"] for run in groups[group]]))])
+        both = [fold for fold in scores if fold in by_fold[reference]]
+        gains = [scores[fold] - by_fold[reference][fold] for fold in both]
+        gain = "" if group == reference else f"{np.mean(gains):+.3f} ± {np.std(gains, ddof=1):.3f}"
+        mean = cell([float(np.mean(list(scores.values())))])
+        lines.append(f"| {titles[group]} | {figures} | {mean} | {cut} | {gain} |")
+    return Markdown("\n".join(lines))

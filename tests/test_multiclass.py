@@ -420,6 +420,18 @@ def test_killed_and_resumed_equals_uninterrupted(tiny, tmp_path):
     assert epochs_logged(out) == 6
 
 
+@pytest.mark.slow
+def test_two_processes_learn_as_one(tiny, tmp_path):
+    """The U-Net: dropout, which the others have, is drawn by each process for itself."""
+    config = replace(tiny, network="unet", width=8, fold=0, batch=4, epochs=2, validate_every=1)
+    logs = []
+    for devices in (1, 2):
+        train(replace(config, devices=devices), tmp_path / str(devices))
+        logs.append(np.genfromtxt(tmp_path / str(devices) / "log.csv", delimiter=",", names=True))
+    for name in ("total", "cross_entropy", "dice"):
+        np.testing.assert_allclose(logs[1][name], logs[0][name], rtol=1e-3)
+
+
 def epochs_logged(folder: Path) -> int:
     log = folder / "log.csv"
     return len(log.read_text().splitlines()) - 1 if log.exists() else 0

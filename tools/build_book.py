@@ -28,7 +28,7 @@ HTML = ROOT / "_build" / "html"
 KERNELS = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "book")}
 # what the pages import or read, besides their own text
 SOURCES = ("covidnb/**/*.py", "book/figures/*.py", "requirements.txt")
-SOURCES += ("data/*.yaml", "data/splits/*", "data/reference/*")
+SOURCES += ("data/*.yaml", "data/splits/*", "data/reference/*", "data/results/*")
 
 
 def toc_pages(toc: dict) -> list[Path]:

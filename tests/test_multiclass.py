@@ -259,7 +259,7 @@ class Spot(torch.nn.Module):
 
 def test_flips_average_over_eight_positions_turned_back(rings):
     grey = planes(rings)[0]
-    plain, flips = (MultiClassConfig(size=64, flips=f) for f in (False, True))
+    plain, flips = (MultiClassConfig(prior="none", size=64, flips=f) for f in (False, True))
     once = predict_slice(Spot(0.0), plain, grey)
     np.testing.assert_allclose(predict_slice(Spot(0.0), flips, grey), once, atol=1e-6)
     spotted = [np.abs(predict_slice(Spot(50.0), config, grey) - once)[0] for config in (plain, flips)]
@@ -370,6 +370,8 @@ def test_every_network_takes_a_step(tiny, tmp_path, network, prior):
     grey, label, _ = planes(Path(tiny.data))
     maps = predict_slice(net, config, grey, label if prior == "label" else None)
     assert maps.shape == (3, 64, 64) and maps.min() >= 0 and maps.max() <= 1
+    with pytest.raises(ValueError, match="takes"):
+        predict_slice(net, config, grey, None if prior == "label" else label)
 
 
 @pytest.mark.slow
@@ -439,7 +441,9 @@ def epochs_logged(folder: Path) -> int:
 
 def test_weights_of_infnet_make_the_prior(tiny, tmp_path):
     """And are refused where they have learnt the slices that are held out."""
-    source = infnet.InfNetConfig(backbone="efficientnet_lite0", pretrained=False, size=64, fold=1)
+    source = infnet.InfNetConfig(
+        data=tiny.data, backbone="efficientnet_lite0", pretrained=False, size=64, fold=1
+    )
     run = Run(tmp_path / "infnet", source)
     run.save_weights(infnet.build(source))
     config = replace(tiny, epochs=1, fold=1, eval_prior=str(run.weights_path))
@@ -448,6 +452,8 @@ def test_weights_of_infnet_make_the_prior(tiny, tmp_path):
     assert set(made) == {"patient2_1", "patient2_2"}
     with pytest.raises(ConfigError, match="held out fold 1, this run holds out 0"):
         train(replace(config, fold=0), tmp_path / "other")
+    train(replace(config, fold=None), tmp_path / "test")  # the test part, nobody has learnt from
+    assert {p.stem for p in (tmp_path / "test" / "prior").iterdir()} == {f"patient9_{k}" for k in (1, 2, 3)}
 
 
 def test_other_weights_are_refused(tmp_path):

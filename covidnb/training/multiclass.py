@@ -253,7 +253,15 @@ def predict_slice(
     -------
     ndarray
         float32 (3, H, W): background, GGO, consolidation.
+
+    Raises
+    ------
+    ValueError
+        Where the network takes a prior and there is none, or the other way round.
     """
+    if config.takes_prior != (prior is not None):
+        wants = "takes an infection prior: pass one" if config.takes_prior else "takes the slice alone"
+        raise ValueError(f"this {type(net).__name__} {wants}")
     was_training = net.training
     net.eval()
     device = next(net.parameters()).device
@@ -396,7 +404,7 @@ def _eval_prior(run: Run, held_out: list[SliceFiles]) -> str | Path | None:
     folder = run.folder / "prior"
     if not all((folder / f"{f.name}.png").exists() for f in held_out):
         net, theirs = infnet.load_network(config.eval_prior)
-        if theirs.fold != config.fold:
+        if theirs.data == config.data and config.fold not in (None, theirs.fold):
             raise ConfigError(
                 f"parameter 'eval_prior': {config.eval_prior} held out fold {theirs.fold}, this run holds "
                 f"out {config.fold}: its maps of slices that it has learnt would be too good"

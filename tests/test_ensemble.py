@@ -6,11 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from discs import make_slices
+from scipy.special import logit
 
 from covidnb.nets import InfNet
 from covidnb.slices import list_slices, read_image
 from covidnb.training import ensemble
-from covidnb.training.ensemble import EnsembleConfig, average_maps, evaluate
+from covidnb.training.ensemble import EnsembleConfig, average_maps, evaluate, sharpened
 from covidnb.training.infnet import InfNetConfig, load_network, predict_slices
 from covidnb.training.run import ConfigError, Run
 
@@ -42,6 +43,15 @@ def test_positions_are_undone(monkeypatch):
     )
     grey = np.random.default_rng(0).integers(0, 256, (5, 8), np.uint8)
     np.testing.assert_allclose(average_maps(None, [grey], 64, flips=True)[0], grey / 255, atol=1e-6)
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 2.0, 8.0])
+def test_sharpening_multiplies_logits_and_moves_no_pixel_across_the_cut(factor):
+    p = np.linspace(0, 1, 101, dtype=np.float32)
+    got = sharpened(p, factor)
+    assert ((got > 0.5) == (p > 0.5))[p != 0.5].all() and got[0] == 0 and got[-1] == 1
+    inner = slice(20, 81)
+    np.testing.assert_allclose(logit(got[inner]), factor * logit(p[inner]), rtol=1e-3, atol=1e-5)
 
 
 def test_mean_of_networks_is_scored(data, weights, tmp_path):

@@ -26,6 +26,8 @@ class EnsembleConfig:
     """weights.safetensors of finished runs on infection slices; one is enough to see what flips bring."""
     flips: bool = False
     """Average each network's maps of the slice in eight positions: mirrored or not, four quarter turns."""
+    sharpen: float = 1.0
+    """Multiply the averaged map's logits by this. Moves no pixel across 0.5; lifts means over thresholds."""
     data: str = "phantom"
     """"phantom", "covid-semiseg", or a folder in the COVID-SemiSeg layout."""
     fold: int | None = None
@@ -34,6 +36,14 @@ class EnsembleConfig:
     def __post_init__(self):
         if not self.weights:
             raise ConfigError("parameter 'weights' needs at least one weights.safetensors of a finished run")
+        if not self.sharpen > 0:
+            raise ConfigError(f"parameter 'sharpen' must be positive, got {self.sharpen}")
+
+
+def sharpened(probability: np.ndarray, factor: float) -> np.ndarray:
+    """Map whose logits are `factor` times those of a map in [0, 1]."""
+    yes, no = probability**factor, (1 - probability) ** factor
+    return yes / (yes + no)
 
 
 def average_maps(net: nn.Module, greys: list[np.ndarray], size: int, flips: bool) -> list[np.ndarray]:
@@ -68,7 +78,7 @@ def evaluate(config: EnsembleConfig, out: str | Path) -> Run:
             raise ConfigError(f"parameter 'weights': {path} held out fold {theirs.fold}, not {config.fold}")
         for total, one in zip(sums, average_maps(net, greys, theirs.size, config.flips), strict=True):
             total += one
-    maps = [total / len(config.weights) for total in sums]
+    maps = [sharpened(total / len(config.weights), config.sharpen) for total in sums]
     write_predictions(run.folder / "predictions", held_out, maps)
     result = {"scores": null_nan(score(maps, held_out)), "slices": {"evaluated": len(held_out)}}
     run.write_json("metrics.json", result | {"seconds": 0, "versions": versions()})
@@ -85,8 +95,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", default=EnsembleConfig.data, help="phantom, covid-semiseg or a folder")
     parser.add_argument("--fold", type=int, help="training fold to score, instead of the test part")
     parser.add_argument("--flips", action="store_true", help="average over a slice's eight positions too")
-    asked = parser.parse_args(argv)
-    run = evaluate(EnsembleConfig(tuple(asked.weights), asked.flips, asked.data, asked.fold), asked.out)
+    parser.add_argument("--sharpen", type=float, default=1.0, help="factor of the averaged map's logits")
+    asked = vars(parser.parse_args(argv))
+    out, weights = asked.pop("out"), tuple(asked.pop("weights"))
+    run = evaluate(EnsembleConfig(weights, **asked), out)
     scores = json.loads((run.folder / "metrics.json").read_text())["scores"]
     print(json.dumps({name: value for name, value in scores.items() if name != "per_slice"}, indent=2))
 

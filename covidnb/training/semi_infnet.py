@@ -117,7 +117,7 @@ STAGES = {
     },
     "glance": {
         "propagation": {"strategy": "incremental", "per_round": 15, "replay": 30, "epochs": 2, "size": 96}
-        | {"batch": 8, "lr": 1e-3, "augment": True},
+        | {"batch": 8, "lr": 3e-4, "augment": True},
         "pseudo": {"epochs": 12, "drop_epoch": 10},
         "doctor": {"epochs": 8, "lr": 1e-3, "drop_epoch": 6},
     },

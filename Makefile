@@ -4,6 +4,8 @@ SHELL := /bin/sh
 .PHONY: help setup book test lab run data bench clean
 
 PY := .venv/bin/python
+# texts are UTF-8 whatever the locale says, or a library makes of it
+export PYTHONUTF8 := 1
 RUN ?= infnet
 IN_RANGE := import sys, ensurepip, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 

@@ -38,7 +38,7 @@ def launch(module: str, config, out: str | Path) -> None:
         settings.write_text(json.dumps(asdict(config)))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc-per-node", str(config.devices), "-m", module, str(settings), str(out)]
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, encoding="utf-8", errors="replace")
         for line in process.stderr:  # a notebook shows what its own stderr is told, not its children's
             print(line, end="", file=sys.stderr)
         if process.wait():

@@ -310,7 +310,7 @@ class TestConfig:
 
     def test_recipes(self):
         assert configure({"recipe": "paper"}) == MultiClassConfig()
-        assert configure({}).width == 16 and configure({"data": "covid-semiseg"}).network == "fcn8s"
+        assert configure({}).size == 160 and configure({"data": "covid-semiseg"}).size == 224
         with pytest.raises(ConfigError, match="'recipe'"):
             configure({"recipe": "best"})
 

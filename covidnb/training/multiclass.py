@@ -134,17 +134,17 @@ class MultiClassConfig:
 RECIPES = {
     "paper": {},
     "lite": {
-        "network": "fcn8s",
-        "backbone": "efficientnet_lite0",
+        "width": 16,
         "prior_noise": 1.0,
-        "size": 256,
+        "size": 224,
         "batch": 8,
-        "epochs": 40,
+        "epochs": 60,
         "optimizer": "adam",
-        "lr": 1e-3,
-        "drop_epoch": 30,
+        "lr": 2e-3,
+        "drop_epoch": 48,
         "loss": "dice",
         "augment": True,
+        "flips": True,
     },
     "laptop": {
         "width": 16,
@@ -168,9 +168,9 @@ def configure(values: dict) -> MultiClassConfig:
     ----------
     values : dict
         Fields of `MultiClassConfig`, and optionally "recipe": "paper" (the multi-class U-Net at 352 pixels:
-        for a GPU), "lite" (FCN8s on EfficientNet-Lite0 with ImageNet weights at 256 pixels: real slices on
-        two cores), "laptop" (a U-Net a quarter as wide at 160 pixels: nothing to download), or "auto":
-        "laptop" on the phantom, else "lite".
+        for a GPU), "lite" (one a quarter as wide at 224 pixels, a loss with Dice, imperfect priors, flips:
+        real slices on two cores), "laptop" (less of the same, at 160 pixels), or "auto": "laptop" on the
+        phantom, else "lite".
 
     Raises
     ------

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from covidnb.nets.gasnet import full_precision
 from covidnb.nets.infnet import InfNetOutput
 
 
@@ -88,6 +89,82 @@ def infnet_loss(out: InfNetOutput, mask: Tensor, edge: Tensor, official: bool = 
     return InfNetLoss(sum(term for term in terms if term is not None), *terms)
 
 
+# ------------------------------------------------------------------------------- GGO and consolidation
+#
+# Fan et al., TMI 2020, and what we learn with instead. Slices are (N, 3, H, W), one channel a class.
+
+
+def one_hot(classes: Tensor, official: bool = False) -> Tensor:
+    """Class indices as one map a class, float32.
+
+    Parameters
+    ----------
+    classes : Tensor
+        (N, H, W), integers: 0 background, 1 GGO, 2 consolidation.
+    official : bool
+        As the released code makes it: its index is one too small, so the whole array is shifted by one place
+        in memory. GGO lands in channel 0, consolidation in channel 1, background in channel 2 of the pixel
+        before, which therefore may have two classes or none.
+
+    Returns
+    -------
+    Tensor
+        (N, 3, H, W).
+    """
+    hot = F.one_hot(classes, 3)
+    if official:
+        hot = hot.flatten(1).roll(-1, dims=1).view_as(hot)
+    return hot.permute(0, 3, 1, 2).float()
+
+
+class MultiClassLoss(NamedTuple):
+    """The terms and their sum, scalars; `dice` is None for the paper's loss, which has no such term."""
+
+    total: Tensor
+    cross_entropy: Tensor
+    dice: Tensor | None
+
+
+def multiclass_bce_loss(logits: Tensor, classes: Tensor, official: bool = False) -> MultiClassLoss:
+    """Binary cross-entropy of every class against the rest: the multi-class loss of Fan et al., TMI 2020.
+
+    Parameters
+    ----------
+    logits : Tensor
+        (N, 3, H, W).
+    classes, official
+        See `one_hot`.
+    """
+    target = one_hot(classes, official)
+    bce = F.binary_cross_entropy_with_logits(logits.float(), target)
+    return MultiClassLoss(bce, bce, None)
+
+
+def multiclass_dice_loss(logits: Tensor, classes: Tensor, weights: Sequence[float]) -> MultiClassLoss:
+    """Softmax cross-entropy with class weights plus the soft Dice loss of the lesion classes.
+
+    The Dice term, 1 - (2 sum(p g) + 1) / (sum(p) + sum(g) + 1), is taken slice by slice and class by class,
+    as the scores are, so a lesion of few pixels counts as much as a large one.
+
+    Parameters
+    ----------
+    logits : Tensor
+        (N, 3, H, W).
+    classes : Tensor
+        (N, H, W), see `one_hot`.
+    weights : three floats
+        Of the pixels of each class in the cross-entropy.
+    """
+    logits = logits.float()  # sums over a picture lose their last digits in bf16
+    pixelwise = F.cross_entropy(logits, classes, reduction="none")
+    cross_entropy = (logits.new_tensor(weights)[classes] * pixelwise).mean()
+    p, g = (maps[:, 1:] for maps in (logits.softmax(1), one_hot(classes)))
+    dims = (2, 3)
+    overlap = (2 * (p * g).sum(dims) + 1) / ((p + g).sum(dims) + 1)
+    dice = (1 - overlap).mean()
+    return MultiClassLoss(cross_entropy + dice, cross_entropy, dice)
+
+
 # ---------------------------------------------------------------------------------------------- GASNet
 #
 # Xu et al. 2020, and the authors' code where it says more than the paper. S gives a probability m, l is the
@@ -137,7 +214,7 @@ def _probability(probability: Tensor, target: Tensor) -> Tensor:
     if probability.shape != target.shape:
         shapes = f"{tuple(probability.shape)} and target {tuple(target.shape)}"
         raise ValueError(f"probability {shapes} differ in shape")
-    return probability.to(torch.promote_types(probability.dtype, torch.float32))
+    return full_precision(probability)
 
 
 def focal_loss(probability: Tensor, target: Tensor) -> Tensor:
@@ -189,7 +266,7 @@ def compose(volume: Tensor, generated: Tensor, mask: Tensor, lungs: Tensor) -> T
 
 def _judged(logit: Tensor, diseased: bool) -> Tensor:
     """BCE of D's verdict against one label for all volumes of a batch."""
-    logit = logit.to(torch.promote_types(logit.dtype, torch.float32))
+    logit = full_precision(logit)
     return F.softplus(-logit if diseased else logit).mean()
 
 
@@ -268,7 +345,7 @@ def multiple_instance_loss(probability: Tensor, lungs: Tensor, official: bool = 
     largest = (probability * lungs).flatten(1).amax(1)
     if official:
         return _judged(largest, diseased=True)
-    return -torch.log(largest.to(torch.promote_types(largest.dtype, torch.float32)) + TINY).mean()
+    return -torch.log(full_precision(largest) + TINY).mean()
 
 
 def healthy_loss(probability: Tensor) -> Tensor:
@@ -279,74 +356,3 @@ def healthy_loss(probability: Tensor) -> Tensor:
 def labelled_loss(probability: Tensor, lesions: Tensor) -> Tensor:
     """For S: the lesions of the one voxel-labelled volume, the balanced focal loss (0 or 1 in each voxel)."""
     return balanced_focal_loss(probability, lesions)
-
-
-def one_hot(classes: Tensor, official: bool = False) -> Tensor:
-    """Class indices as one map a class, float32.
-
-    Parameters
-    ----------
-    classes : Tensor
-        (N, H, W), integers: 0 background, 1 GGO, 2 consolidation.
-    official : bool
-        As the released code makes it: its index is one too small, so the whole array is shifted by one place
-        in memory. GGO lands in channel 0, consolidation in channel 1, background in channel 2 of the pixel
-        before, which therefore may have two classes or none.
-
-    Returns
-    -------
-    Tensor
-        (N, 3, H, W).
-    """
-    hot = F.one_hot(classes, 3)
-    if official:
-        hot = hot.flatten(1).roll(-1, dims=1).view_as(hot)
-    return hot.permute(0, 3, 1, 2).float()
-
-
-class MultiClassLoss(NamedTuple):
-    """The terms and their sum, scalars; `dice` is None for the paper's loss, which has no such term."""
-
-    total: Tensor
-    cross_entropy: Tensor
-    dice: Tensor | None
-
-
-def multiclass_bce_loss(logits: Tensor, classes: Tensor, official: bool = False) -> MultiClassLoss:
-    """Binary cross-entropy of every class against the rest: the multi-class loss of Fan et al., TMI 2020.
-
-    Parameters
-    ----------
-    logits : Tensor
-        (N, 3, H, W).
-    classes, official
-        See `one_hot`.
-    """
-    target = one_hot(classes, official)
-    bce = F.binary_cross_entropy_with_logits(logits.float(), target)
-    return MultiClassLoss(bce, bce, None)
-
-
-def multiclass_dice_loss(logits: Tensor, classes: Tensor, weights: Sequence[float]) -> MultiClassLoss:
-    """Softmax cross-entropy with class weights plus the soft Dice loss of the lesion classes.
-
-    The Dice term, 1 - (2 sum(p g) + 1) / (sum(p) + sum(g) + 1), is taken slice by slice and class by class,
-    as the scores are, so a lesion of few pixels counts as much as a large one.
-
-    Parameters
-    ----------
-    logits : Tensor
-        (N, 3, H, W).
-    classes : Tensor
-        (N, H, W), see `one_hot`.
-    weights : three floats
-        Of the pixels of each class in the cross-entropy.
-    """
-    logits = logits.float()  # sums over a picture lose their last digits in bf16
-    pixelwise = F.cross_entropy(logits, classes, reduction="none")
-    cross_entropy = (logits.new_tensor(weights)[classes] * pixelwise).mean()
-    p, g = (maps[:, 1:] for maps in (logits.softmax(1), one_hot(classes)))
-    dims = (2, 3)
-    overlap = (2 * (p * g).sum(dims) + 1) / ((p + g).sum(dims) + 1)
-    dice = (1 - overlap).mean()
-    return MultiClassLoss(cross_entropy + dice, cross_entropy, dice)

@@ -1,7 +1,11 @@
-"""Files that are whole or not there: the one place that writes through a temporary name."""
+"""Files that are whole or not there, and the order of their names.
+
+The one place that writes through a temporary name.
+"""
 
 import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -39,3 +43,8 @@ def whole(path: str | Path) -> Iterator[Path]:
     finally:
         with suppress(FileNotFoundError):
             part.unlink()
+
+
+def natural_order(name: str) -> list:
+    """Sort key that puts slice 2 before slice 10."""
+    return [int(piece) if k % 2 else piece for k, piece in enumerate(re.split(r"(\d+)", name))]

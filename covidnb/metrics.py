@@ -10,13 +10,14 @@ ones, so two histograms (lesion and background) hold every confusion table there
 import argparse
 import json
 import math
-import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+
+from covidnb.files import natural_order
 
 # 1, 254/255, ..., 0 as the toolbox's `1:-1/255:0` gives them. The products differ from k/255 in the last bit
 # for many k, and a map stored in 8 bits lies on that very grid: other rounding moves a score by up to 0.002.
@@ -369,9 +370,7 @@ def _pictures(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
     found: dict[str, Path] = {}
-    for path in sorted(
-        folder.iterdir(), key=lambda path: [part.zfill(9) for part in re.split(r"(\d+)", path.stem)]
-    ):
+    for path in sorted(folder.iterdir(), key=lambda path: natural_order(path.stem)):
         if path.suffix.lower() in PICTURES:
             if path.stem in found:
                 raise ValueError(f"{path}: same name as {found[path.stem].name}; keep one of them")

@@ -12,6 +12,7 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 from covidnb.catalog import CatalogError
+from covidnb.files import natural_order
 from covidnb.slices import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -57,6 +58,11 @@ def test_natural_order_and_parts(tiny_root):
         list_slices(tiny_root, "nonsense")
     with pytest.raises(SliceError, match="LungInfection-Test"):
         list_slices(tiny_root, "test")
+
+
+def test_natural_order_takes_any_name():
+    names = ["10", "2", "²", "a10b2", "a2b10", "a2b9", "b"]
+    assert sorted(names, key=natural_order) == ["2", "10", "a2b9", "a2b10", "a10b2", "b", "²"]
 
 
 def test_odd_files_are_named(tiny_root):

@@ -12,13 +12,13 @@ from covidnb.slices import (
     InfectionSlices,
     SliceError,
     SliceFiles,
-    _check_size,
-    _normalised,
-    _resized,
+    check_size,
     network_input,
+    normalised,
     read_classes,
     read_image,
     read_mask,
+    resized_square,
 )
 
 CLASSES = ("background", "GGO", "consolidation")
@@ -153,12 +153,12 @@ class MultiClassSlices(InfectionSlices):
     def _read(self, item: SliceFiles) -> np.ndarray:
         """Image, GGO, consolidation and, if there is one, prior."""
         image, classes = read_image(item.image), read_classes(item.mask)
-        _check_size(item.mask, classes, item.image, image)
+        check_size(item.mask, classes, item.image, image)
         planes = [image, *(np.where(classes == k, 255, 0).astype(np.uint8) for k in (1, 2))]
         if self.prior is not None:
             planes.append(read_prior(item, self.prior))
-            _check_size(Path(f"the prior of {item.name}"), planes[-1], item.image, image)
-        return np.stack([_resized(plane, self.size) for plane in planes])
+            check_size(Path(f"the prior of {item.name}"), planes[-1], item.image, image)
+        return np.stack([resized_square(plane, self.size) for plane in planes])
 
     def __getitem__(self, index: int) -> dict:
         stack = self._stack(index).float() / 255
@@ -166,9 +166,9 @@ class MultiClassSlices(InfectionSlices):
             stack = self._augmented(stack, index)
         image, ggo, consolidation, *prior = stack
         classes = torch.stack([1 - ggo - consolidation, ggo, consolidation]).argmax(0)
-        channels = [_normalised(image[None])]
+        channels = [normalised(image[None])]
         if prior:
-            channels.append(_normalised(self._imperfect(prior[0], index)[None]))
+            channels.append(normalised(self._imperfect(prior[0], index)[None]))
         return {"image": torch.cat(channels), "classes": classes, "name": self.files[index].name}
 
     def _imperfect(self, prior: torch.Tensor, index: int) -> torch.Tensor:

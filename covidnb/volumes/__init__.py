@@ -19,9 +19,8 @@ from torch.utils.data import Dataset
 
 from covidnb.crop import CLIP, SIZE, LungCrop
 from covidnb.ct import READABLE, read_ct, read_mask, window, write_like
-from covidnb.files import whole
+from covidnb.files import natural_order, whole
 from covidnb.lungs import segment_lungs
-from covidnb.slices import natural_order
 
 SPLITS = ("labelled", "covid", "healthy", "validation")  # lesions drawn; volume labels alone; held out
 

@@ -14,8 +14,8 @@ import numpy as np
 from scipy.sparse.csgraph import connected_components
 
 from covidnb.catalog import fetch
-from covidnb.files import whole
-from covidnb.slices import SliceFiles, list_slices, natural_order, read_image
+from covidnb.files import natural_order, whole
+from covidnb.slices import SliceFiles, list_slices, read_image
 
 FOLDS = 5
 

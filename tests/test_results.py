@@ -1,15 +1,12 @@
 """The results page's tables say what the recorded runs say."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
+from figures import results
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "book"))
-
-from figures import results  # noqa: E402
 
 
 @pytest.fixture

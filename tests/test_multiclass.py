@@ -450,7 +450,7 @@ def test_weights_of_infnet_make_the_prior(tiny, tmp_path):
     train(config, tmp_path / "run")
     made = {p.stem: read_mask(p) for p in (tmp_path / "run" / "prior").iterdir()}
     assert set(made) == {"patient2_1", "patient2_2"}
-    with pytest.raises(ConfigError, match="held out fold 1, this run holds out 0"):
+    with pytest.raises(ConfigError, match="held out fold 1, not 0: its maps"):
         train(replace(config, fold=0), tmp_path / "other")
     train(replace(config, fold=None), tmp_path / "test")  # the test part, nobody has learnt from
     assert {p.stem for p in (tmp_path / "test" / "prior").iterdir()} == {f"patient9_{k}" for k in (1, 2, 3)}

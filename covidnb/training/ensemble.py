@@ -14,7 +14,14 @@ from tqdm.auto import tqdm
 
 from covidnb.metrics import null_nan
 from covidnb.slices import read_image, training_split
-from covidnb.training.infnet import load_network, predict_greys, score, write_predictions
+from covidnb.training.infnet import (
+    load_network,
+    predict_greys,
+    refuse_learnt,
+    score,
+    write_predictions,
+)
+from covidnb.training.positions import mean_of_positions, positions
 from covidnb.training.run import ConfigError, Run, versions
 
 
@@ -50,14 +57,7 @@ def average_maps(net: nn.Module, greys: list[np.ndarray], size: int, flips: bool
     """Lesion probability of slices, see `predict_greys`; with `flips` the mean over their eight positions."""
     if not flips:
         return predict_greys(net, greys, size)
-    sums = [np.zeros(grey.shape, np.float32) for grey in greys]
-    for turns in range(4):
-        for mirrored in (slice(None), slice(None, None, -1)):
-            # contiguous: torch takes no array that runs backwards
-            moved = [np.ascontiguousarray(np.rot90(grey[:, mirrored], turns)) for grey in greys]
-            for total, one in zip(sums, predict_greys(net, moved, size), strict=True):
-                total += np.rot90(one, -turns)[:, mirrored]
-    return [total / 8 for total in sums]
+    return [mean_of_positions(predict_greys(net, positions(grey), size)) for grey in greys]
 
 
 def evaluate(config: EnsembleConfig, out: str | Path) -> Run:
@@ -74,8 +74,7 @@ def evaluate(config: EnsembleConfig, out: str | Path) -> Run:
     sums = [np.zeros(grey.shape, np.float32) for grey in greys]
     for path in tqdm(config.weights, unit="network"):
         net, theirs = load_network(path)
-        if theirs.data == config.data and config.fold not in (None, theirs.fold):
-            raise ConfigError(f"parameter 'weights': {path} held out fold {theirs.fold}, not {config.fold}")
+        refuse_learnt("weights", path, theirs, config.data, config.fold)
         for total, one in zip(sums, average_maps(net, greys, theirs.size, config.flips), strict=True):
             total += one
     maps = [sharpened(total / len(config.weights), config.sharpen) for total in sums]

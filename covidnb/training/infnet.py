@@ -4,8 +4,7 @@ deep supervision.
 `python -m covidnb.training.infnet CONFIG.json RUN_FOLDER` starts a run, or goes on with it.
 """
 
-import argparse
-import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,28 +31,19 @@ from covidnb.slices import (
     semiseg_root,
     training_split,
 )
-from covidnb.training.loop import fit, launch, memory_advice, start_fabric, under_torchrun
-from covidnb.training.run import (
-    ConfigError,
-    Run,
-    check_training,
-    from_recipe,
-    parse_config,
-    read_weights,
-)
+from covidnb.training import loop
+from covidnb.training.loop import SliceConfig, Task
+from covidnb.training.run import ConfigError, Run, from_recipe, parse_config, read_weights
 
+MODULE = "covidnb.training.infnet"
 EDGES = {"doctor": "gradient", "pseudo": "canny"}  # how the data set's authors drew the edges of each part
 PICTURED = 6  # held-out slices in the picture of a validation
 
 
 @dataclass(frozen=True)
-class InfNetConfig:
+class InfNetConfig(SliceConfig):
     """What a run on infection slices depends on. Defaults: the paper's recipe, on the embedded data."""
 
-    data: str = "phantom"
-    """"phantom", "covid-semiseg", or a folder in the COVID-SemiSeg layout."""
-    fold: int | None = None
-    """The training fold held out for evaluation; None trains on all and evaluates on the test part."""
     part: Literal["doctor", "pseudo"] = "doctor"
     """Learn from the doctor's labels, or from pseudo-labels of the unlabelled slices."""
     labels: str = ""
@@ -72,41 +62,17 @@ class InfNetConfig:
     """Inf-Net with reverse attention; with neither it ends at the partial decoder's global map."""
     start: str = ""
     """weights.safetensors of a run of the same network to start from; empty: from the backbone alone."""
-    size: int = 352
-    """Side of the square that slices are resized to, in pixels; a multiple of 32."""
     scales: tuple[float, ...] = (0.75, 1.0, 1.25)
     """Each batch takes one optimiser step at each of these multiples of `size`."""
-    batch: int = 24
-    """Slices a step."""
-    epochs: int = 100
-    """Passes over the training slices."""
-    lr: float = 1e-4
-    """Adam's learning rate."""
-    drop_epoch: int = 50
-    """From this epoch on the learning rate is a tenth."""
     official_schedule: bool = False
     """The released schedule: from `drop_epoch` on, a tenth again at every epoch."""
     clamp: float = 0.5
     """Gradients are clamped to plus or minus this value, element by element."""
-    augment: bool = False
-    """Flips, quarter turns, small affine and grey-value changes; the paper has none."""
     official_loss: bool = False
     """The released structure loss, whose weights never reach the BCE term."""
-    validate_every: int = 0
-    """Score the held-out fold every so many epochs; 0 only at the end."""
-    patience: int = 0
-    """Stop after so many validations without a better one, and keep the best weights; 0: never."""
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    """Arithmetic of the forward pass."""
-    compile: bool = False
-    """torch.compile the network: minutes at the start, faster steps on a GPU."""
-    devices: int = 1
-    """Processes that share each batch, a GPU each where there are any; started by torchrun."""
-    seed: int = 0
-    """Of the weights' start, the order of the slices and the augmentation."""
 
     def __post_init__(self):
-        check_training(self)
+        super().__post_init__()
         if not self.scales or min(self.scales) <= 0:
             raise ConfigError(f"parameter 'scales' needs positive numbers, got {self.scales}")
         if self.labels and self.part != "pseudo":
@@ -114,8 +80,9 @@ class InfNetConfig:
 
     def learning_rate(self, epoch: int) -> float:
         """Learning rate of an epoch, counted from 0."""
-        drops = max(0, epoch - self.drop_epoch + 1)
-        return self.lr * 0.1 ** (drops if self.official_schedule else min(drops, 1))
+        if not self.official_schedule:
+            return super().learning_rate(epoch)
+        return self.lr * 0.1 ** max(0, epoch - self.drop_epoch + 1)
 
     def side(self, scale: float) -> int:
         """Side of the training square at one scale: the nearest multiple of 32, at least 32."""
@@ -260,23 +227,16 @@ def training_step(net: nn.Module, batch: dict, side: int, official: bool = False
     return infnet_loss(outputs(net, images), masks, edges, official=official)
 
 
-def train_epoch(fabric: Fabric, config: InfNetConfig, net, optimizer, loader, progress) -> dict[str, Tensor]:
-    """Train for one epoch; return the mean of each loss term over its steps."""
-    net.train()
-    totals, steps = {}, 0
-    for batch in loader:
+def steps(config: InfNetConfig, fabric: Fabric, net, optimizer, batches) -> Iterator[InfNetLoss]:
+    """Take the optimiser steps of an epoch, one for each batch and scale; yield the loss of each."""
+    for batch in batches:
         for scale in config.scales:
             optimizer.zero_grad()
             loss = training_step(net, batch, config.side(scale), config.official_loss)
             fabric.backward(loss.total)
             nn.utils.clip_grad_value_(net.parameters(), config.clamp)
             optimizer.step()
-            for name, term in loss._asdict().items():
-                if term is not None:
-                    totals[name] = totals.get(name, 0) + term.detach().float()
-            steps += 1
-            progress.update()
-    return {name: total / steps for name, total in totals.items()}
+            yield loss
 
 
 @torch.no_grad()
@@ -347,19 +307,24 @@ def validate(files: list[SliceFiles], size: int, net: nn.Module) -> tuple[dict, 
     return {k: scores[k] for k in ("meanDic", "dice_at_0.5")}, picture(files[:PICTURED], maps[:PICTURED])
 
 
+def write_map(path: Path, probability: np.ndarray) -> np.ndarray:
+    """Write a map as an 8-bit PNG, 255 for certain lesion; not stretched, so 0.5 stays at 127.5."""
+    grey = np.round(np.asarray(probability, np.float32) * 255).astype(np.uint8)
+    with whole(path) as part:
+        Image.fromarray(grey).save(part, format="png")
+    return grey
+
+
 def write_predictions(folder: Path, files: list[SliceFiles], maps: list[np.ndarray]) -> None:
-    """Write each map as an 8-bit PNG, 255 for certain lesion; not stretched, so 0.5 stays at 127.5."""
+    """Write the map of each slice as NAME.png."""
     for f, probability in zip(files, maps, strict=True):
-        with whole(folder / f"{f.name}.png") as part:
-            Image.fromarray(np.round(probability * 255).astype(np.uint8)).save(part, format="png")
+        write_map(folder / f"{f.name}.png", probability)
 
 
 def train(config: InfNetConfig, out: str | Path) -> Run:
     """Train and evaluate in a run folder; a folder that has begun goes on from its checkpoint.
 
-    Everything random is drawn from (seed, epoch, index), and checkpoints are taken between epochs, so a
-    killed and resumed run ends at the weights of an uninterrupted one: bit for bit on a CPU. With more than
-    one device, torchrun starts the processes; those it has started already share the work.
+    See `covidnb.training.loop.train` for what a resumed run and several devices mean.
 
     Parameters
     ----------
@@ -374,43 +339,28 @@ def train(config: InfNetConfig, out: str | Path) -> Run:
         Where the folder belongs to another config, its checkpoint or the weights to start from cannot be
         used, or memory runs out.
     """
-    if config.devices > 1 and not under_torchrun():
-        launch("covidnb.training.infnet", config, out)
-        return Run(out, config)
     files, held_out = split_slices(config)
-    fabric = start_fabric(config)
-    with fabric.rank_zero_first():
-        run = Run(out, config)
-    with memory_advice(config):
-        net, history = _fit(fabric, run, files, held_out)
-        if fabric.is_global_zero and not (run.folder / "metrics.json").exists():
-            evaluate(run, config, net, history, len(files), held_out)
-    fabric.barrier()
-    return run
+
+    def prepare(run: Run) -> Task:
+        return Task(
+            slices=InfectionSlices(
+                files, config.size, augment=config.augment, seed=config.seed, edges=EDGES[config.part]
+            ),
+            network=partial(_first_network, config),
+            optimizer=lambda net: torch.optim.Adam(net.parameters(), lr=config.lr),
+            steps=partial(steps, config),
+            validate=partial(validate, held_out, config.size),
+            evaluate=lambda run, net, history: evaluate(run, config, net, history, len(files), held_out),
+            passes=len(config.scales),
+        )
+
+    return loop.train(MODULE, config, out, prepare)
 
 
-def _fit(fabric: Fabric, run: Run, files, held_out) -> tuple[nn.Module, list[dict]]:
-    """Train from the start or the last checkpoint; return the network and the log."""
-    config = run.config
-    saved = run.load_checkpoint()
-    torch.manual_seed(config.seed)
-    if config.start and saved is None:
-        net = _started(config)
-    else:
-        net = build(config, pretrained=config.pretrained and saved is None)
-    net = net.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(net.parameters(), lr=config.lr)
-    slices = InfectionSlices(
-        files, config.size, augment=config.augment, seed=config.seed, edges=EDGES[config.part]
-    )
-    one_epoch = partial(train_epoch, fabric, config)
-    looked_at = partial(validate, held_out, config.size)
-    history = fit(fabric, run, saved, net, optimizer, slices, one_epoch, len(config.scales), looked_at)
-    return net, history
-
-
-def _started(config: InfNetConfig) -> nn.Module:
-    """Network of a config, filled from the weights that it names as its start."""
+def _first_network(config: InfNetConfig, fresh: bool) -> nn.Module:
+    """Network of a config: from the weights it starts with, or where a checkpoint will fill it, without."""
+    if not (fresh and config.start):
+        return build(config, pretrained=config.pretrained and fresh)
     net, theirs = load_network(config.start)
     for field in ("network", "width", "backbone", "edge", "reverse"):
         if getattr(theirs, field) != getattr(config, field):
@@ -427,6 +377,21 @@ def evaluate(run: Run, config: InfNetConfig, net: nn.Module, history, trained: i
     write_predictions(run.folder / "predictions", held_out, maps)
     counts = {"trained": trained, "evaluated": len(held_out)}
     run.finish(net, history, counts, null_nan(score(maps, held_out)), built_by=config)
+
+
+def refuse_learnt(parameter: str, weights: str, theirs: InfNetConfig, data: str, fold: int | None) -> None:
+    """Refuse weights for slices of a training fold that they have not held out.
+
+    Raises
+    ------
+    ConfigError
+        Naming the parameter that gave the weights.
+    """
+    if theirs.data == data and fold not in (None, theirs.fold):
+        raise ConfigError(
+            f"parameter {parameter!r}: {weights} held out fold {theirs.fold}, not {fold}: its maps of slices "
+            "that it has learnt would be too good"
+        )
 
 
 def load_network(weights: str | Path) -> tuple[nn.Module, InfNetConfig]:
@@ -449,11 +414,7 @@ def load_network(weights: str | Path) -> tuple[nn.Module, InfNetConfig]:
 
 def main(argv: list[str] | None = None) -> None:
     """Run from the command line."""
-    parser = argparse.ArgumentParser(prog="python -m covidnb.training.infnet", description=train.__doc__)
-    parser.add_argument("config", help="JSON file with fields of InfNetConfig")
-    parser.add_argument("out", help="run folder")
-    arguments = parser.parse_args(argv)
-    train(parse_config(InfNetConfig, json.loads(Path(arguments.config).read_text())), arguments.out)
+    loop.command_line(MODULE, InfNetConfig, train, argv)
 
 
 if __name__ == "__main__":

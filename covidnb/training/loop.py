@@ -1,15 +1,17 @@
-"""What the training loops share: processes, batches, epochs, validation, early stop, exact resume."""
+"""What trainings on slices share: their config, processes, batches, epochs, early stop, exact resume."""
 
+import argparse
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
 from lightning_fabric import Fabric
@@ -17,7 +19,75 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
-from covidnb.training.run import ConfigError, Run
+from covidnb.training.run import ConfigError, Run, check_positive, parse_config
+
+
+@dataclass(frozen=True)
+class SliceConfig:
+    """What every training on slices depends on."""
+
+    data: str = "phantom"
+    """"phantom", "covid-semiseg", or a folder in the COVID-SemiSeg layout."""
+    fold: int | None = None
+    """The training fold held out for evaluation; None trains on all and evaluates on the test part."""
+    size: int = 352
+    """Side of the square that slices are resized to, in pixels; a multiple of 32."""
+    batch: int = 24
+    """Slices a step."""
+    epochs: int = 100
+    """Passes over the training slices."""
+    lr: float = 1e-4
+    """The optimiser's learning rate."""
+    drop_epoch: int = 50
+    """From this epoch on the learning rate is a tenth."""
+    augment: bool = False
+    """Flips, quarter turns, small affine and grey-value changes; the paper has none."""
+    validate_every: int = 0
+    """Score the held-out fold every so many epochs; 0 only at the end."""
+    patience: int = 0
+    """Stop after so many validations without a better one, and keep the best weights; 0: never."""
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    """Arithmetic of the forward pass."""
+    compile: bool = False
+    """torch.compile the network: minutes at the start, faster steps on a GPU."""
+    devices: int = 1
+    """Processes that share each batch, a GPU each where there are any; started by torchrun."""
+    seed: int = 0
+    """Of all that is random: the weights' start, the order of the slices, the augmentation."""
+
+    def __post_init__(self):
+        check_positive(self, ("size", "batch", "epochs", "devices"))
+        if self.validate_every and self.fold is None:
+            raise ConfigError(
+                "parameter 'validate_every' needs a 'fold' to score: the test part is for the end"
+            )
+        if self.patience and not self.validate_every:
+            raise ConfigError("parameter 'patience' counts validations: set 'validate_every' and 'fold' too")
+        if self.batch % self.devices:
+            raise ConfigError(f"parameter 'batch' must be a multiple of 'devices', got {self.batch}")
+
+    def learning_rate(self, epoch: int) -> float:
+        """Learning rate of an epoch, counted from 0."""
+        return self.lr * (0.1 if epoch >= self.drop_epoch else 1.0)
+
+
+class Task(NamedTuple):
+    """What one kind of training brings of its own; `train` does the rest."""
+
+    slices: Dataset
+    """To learn from; with `set_epoch`."""
+    network: Callable[[bool], nn.Module]
+    """(fresh) to the network: from the weights it starts with, or where a checkpoint fills it, without."""
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer]
+    steps: Callable
+    """(fabric, net, optimizer, batches) to an iterator that takes the optimiser steps of an epoch and yields
+    the loss of each: a NamedTuple of scalar tensors, "total" among them; a term that is None is left out."""
+    validate: Callable[[nn.Module], tuple]
+    """(net) to (scores, picture uint8 (H, W, 3)) on the held-out fold."""
+    evaluate: Callable[[Run, nn.Module, list], None]
+    """(run, net, log): write what a finished run has."""
+    passes: int = 1
+    """Optimiser steps with each batch."""
 
 
 def under_torchrun() -> bool:
@@ -169,46 +239,69 @@ def has_stalled(history: list[dict], patience: int) -> bool:
     return 0 < patience <= len(since)
 
 
-def fit(
-    fabric: Fabric,
-    run: Run,
-    saved: dict | None,
-    bare: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    slices: Dataset,
-    train_epoch: Callable,
-    passes: int = 1,
-    validate: Callable | None = None,
-) -> list[dict]:
-    """Train `bare` to the last epoch, or until it no longer improves, from the start or a checkpoint.
+def mean_terms(losses: Iterable[NamedTuple], progress: tqdm) -> dict[str, Tensor]:
+    """Mean of each term over the losses of an epoch's steps, each counted by `progress` as it comes."""
+    totals, steps = {}, 0
+    for loss in losses:
+        for name, term in loss._asdict().items():
+            if term is not None:
+                totals[name] = totals.get(name, 0) + term.detach().float()
+        steps += 1
+        progress.update()
+    return {name: total / steps for name, total in totals.items()}
+
+
+def train(module: str, config: SliceConfig, out: str | Path, prepare: Callable[[Run], Task]) -> Run:
+    """Train and evaluate in a run folder; a folder that has begun goes on from its checkpoint.
+
+    Everything random is drawn from (seed, epoch, index), and checkpoints are taken between epochs, so a
+    killed and resumed run ends at the weights of an uninterrupted one: bit for bit on a CPU. With more than
+    one device, torchrun starts the processes; those it has started already share the work.
 
     Parameters
     ----------
-    fabric : Fabric
-    run : Run
-        Its config has epochs, batch, seed, patience, validate_every, compile and learning_rate(epoch).
-    saved : dict or None
-        `run.load_checkpoint()`.
-    bare : Module
-        The network; holds the trained weights afterwards, the best ones where `patience` is set.
-    optimizer : Optimizer
-        Over the parameters of `bare`.
-    slices : Dataset
-        With `set_epoch`.
-    train_epoch : callable
-        (net, optimizer, loader, progress) to the mean of each loss term over its steps (scalar tensors);
-        it counts the steps by `progress.update()`.
-    passes : int
-        Optimiser steps it takes with each batch.
-    validate : callable, optional
-        (bare) to (scores, picture uint8 (H, W, 3)) on the held-out fold.
+    module : str
+        Whose command line torchrun is to start, see `command_line`.
+    config : SliceConfig
+    out : str or Path
+        The run folder.
+    prepare : callable
+        (run) to its `Task`; called in the first process before the others, so it may write to the folder.
+
+    Raises
+    ------
+    ConfigError
+        Where the folder belongs to another config, its checkpoint cannot be used, or memory runs out.
+    """
+    if config.devices > 1 and not under_torchrun():
+        launch(module, config, out)
+        return Run(out, config)
+    fabric = start_fabric(config)
+    with fabric.rank_zero_first():
+        run = Run(out, config)
+        task = prepare(run)
+    with memory_advice(config):
+        net, history = fit(fabric, run, task)
+        if fabric.is_global_zero and not (run.folder / "metrics.json").exists():
+            task.evaluate(run, net, history)
+    fabric.barrier()
+    return run
+
+
+def fit(fabric: Fabric, run: Run, task: Task) -> tuple[nn.Module, list[dict]]:
+    """Train to the last epoch, or until no longer better, from the start or the last checkpoint.
 
     Returns
     -------
+    Module
+        With the trained weights; with the best ones where `patience` is set.
     list of dict
         The log: one row an epoch.
     """
-    config, world = run.config, fabric.world_size
+    config, slices, world = run.config, task.slices, fabric.world_size
+    saved = run.load_checkpoint()
+    torch.manual_seed(config.seed)
+    bare = task.network(saved is None).to(memory_format=torch.channels_last)
     if world > 1 and fabric.device.type == "cpu":
         join_batch_norms(bare)
     elif world > 1:
@@ -217,13 +310,13 @@ def fit(
     if saved is not None:
         bare.load_state_dict(saved["net"])
         history, best = saved["history"], saved["best"]
-    net, optimizer = fabric.setup(torch.compile(bare) if config.compile else bare, optimizer)
+    net, optimizer = fabric.setup(torch.compile(bare) if config.compile else bare, task.optimizer(bare))
     if saved is not None:
         optimizer.load_state_dict(saved["optimizer"])
     batches = JointBatches(len(slices), config.batch, config.seed, fabric.global_rank, world)
     loader = DataLoader(slices, batch_sampler=batches)
     loader = fabric.setup_dataloaders(loader, use_distributed_sampler=False)
-    done, total = (n * len(batches) * passes for n in (len(history), config.epochs))
+    done, total = (n * len(batches) * task.passes for n in (len(history), config.epochs))
     leads = fabric.is_global_zero
     with tqdm(total=total, initial=done, unit="step", disable=not leads) as progress:
         while len(history) < config.epochs and not has_stalled(history, config.patience):
@@ -232,13 +325,14 @@ def fit(
             batches.epoch = epoch
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate(epoch)
-            terms = train_epoch(net, optimizer, loader, progress)
+            net.train()
+            terms = mean_terms(task.steps(fabric, net, optimizer, loader), progress)
             terms = {name: float(fabric.all_reduce(value)) for name, value in terms.items()}
             row = {"epoch": epoch + 1, "lr": config.learning_rate(epoch)} | terms
             row["seconds"] = round(time.perf_counter() - started, 2)
             picture = None
             if config.validate_every and (epoch + 1) % config.validate_every == 0:
-                scores, picture = validate(bare) if leads else ({}, None)
+                scores, picture = task.validate(bare) if leads else ({}, None)
                 row |= fabric.broadcast(scores)
             history.append(row)
             if picture is not None and best_validation(history) == epoch and config.patience:
@@ -252,4 +346,24 @@ def fit(
         best = fabric.broadcast(best)
     if best is not None:
         bare.load_state_dict(best)
-    return history
+    return bare, history
+
+
+def command_line(module: str, kind: type, run: Callable, argv: list[str] | None = None) -> None:
+    """Run a training from the command line: `python -m MODULE CONFIG.json RUN_FOLDER`.
+
+    Parameters
+    ----------
+    module : str
+    kind : type
+        Of the config; its fields are what the JSON file may hold.
+    run : callable
+        (config, folder); its docstring is the help.
+    argv : list of str, optional
+        Without it, the process's arguments.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=run.__doc__)
+    parser.add_argument("config", help=f"JSON file with fields of {kind.__name__}")
+    parser.add_argument("out", help="run folder")
+    asked = parser.parse_args(argv)
+    run(parse_config(kind, json.loads(Path(asked.config).read_text())), asked.out)

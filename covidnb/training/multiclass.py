@@ -3,8 +3,7 @@
 `python -m covidnb.training.multiclass CONFIG.json RUN_FOLDER` starts a run, or goes on with it.
 """
 
-import argparse
-import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,29 +28,20 @@ from covidnb.slices.multiclass import (
     read_prior,
     write_classes,
 )
-from covidnb.training import infnet
-from covidnb.training.loop import fit, launch, memory_advice, start_fabric, under_torchrun
-from covidnb.training.run import (
-    ConfigError,
-    Run,
-    check_training,
-    from_recipe,
-    parse_config,
-    read_weights,
-)
+from covidnb.training import infnet, loop
+from covidnb.training.loop import SliceConfig, Task
+from covidnb.training.positions import mean_of_positions, positions
+from covidnb.training.run import ConfigError, Run, from_recipe, parse_config, read_weights
 
+MODULE = "covidnb.training.multiclass"
 OUTPUT = "probability of background, ground-glass opacity and consolidation for each pixel; the largest wins."
 PICTURED = 6  # held-out slices in the picture of a validation
 
 
 @dataclass(frozen=True)
-class MultiClassConfig:
+class MultiClassConfig(SliceConfig):
     """What a run on classes depends on. Defaults: the paper's recipe, on the embedded data."""
 
-    data: str = "phantom"
-    """"phantom", "covid-semiseg", or a folder in the COVID-SemiSeg layout."""
-    fold: int | None = None
-    """The training fold held out for evaluation; None trains on all and evaluates on the test part."""
     network: Literal["unet", "fcn8s", "deeplab"] = "unet"
     """The paper's multi-class U-Net, FCN8s or DeepLabV3+."""
     width: int = 64
@@ -71,42 +61,23 @@ class MultiClassConfig:
     which tells how well a perfect prior would do. Never assumed: a run with a prior must name it."""
     channel_order: Literal["plain", "official"] = "plain"
     """"official": the released one-hot, in which class k lands in channel k - 1."""
-    size: int = 352
-    """Side of the square that slices are resized to, in pixels; a multiple of 32."""
-    batch: int = 16
-    """Slices a step."""
-    epochs: int = 200
-    """Passes over the training slices."""
     optimizer: Literal["sgd", "adam"] = "sgd"
-    lr: float = 1e-2
-    """The optimizer's learning rate."""
     momentum: float = 0.7
     """SGD's."""
-    drop_epoch: int = 200
-    """From this epoch on the learning rate is a tenth; the paper's stays as it is."""
     loss: Literal["bce", "dice"] = "bce"
     """"bce": the paper's, each class against the rest; "dice": weighted softmax cross-entropy, and Dice."""
     class_weights: tuple[float, ...] = (1.0, 1.0, 1.0)
     """Of background, GGO and consolidation in the cross-entropy of the "dice" loss."""
-    augment: bool = False
-    """Flips, quarter turns, small affine and grey-value changes; the paper has none."""
     flips: bool = False
     """Average the maps of a slice in eight positions: mirrored or not, four quarter turns."""
-    validate_every: int = 0
-    """Score the held-out fold every so many epochs; 0 only at the end."""
-    patience: int = 0
-    """Stop after so many validations without a better one, and keep the best weights; 0: never."""
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    """Arithmetic of the forward pass."""
-    compile: bool = False
-    """torch.compile the network: minutes at the start, faster steps on a GPU."""
-    devices: int = 1
-    """Processes that share each batch, a GPU each where there are any; started by torchrun."""
-    seed: int = 0
-    """Of the weights' start, the order of the slices, the augmentation and the noise of the priors."""
+    batch: int = 16
+    epochs: int = 200
+    lr: float = 1e-2
+    drop_epoch: int = 200
+    """The paper's learning rate stays as it is."""
 
     def __post_init__(self):
-        check_training(self)
+        super().__post_init__()
         if self.prior_noise < 0:
             raise ConfigError(f"parameter 'prior_noise' must not be negative, got {self.prior_noise}")
         if len(self.class_weights) != 3 or min(self.class_weights) < 0:
@@ -125,10 +96,6 @@ class MultiClassConfig:
     def takes_prior(self) -> bool:
         """Whether the network gets a prior beside the slice."""
         return self.prior != "none"
-
-    def learning_rate(self, epoch: int) -> float:
-        """Learning rate of an epoch, counted from 0."""
-        return self.lr * (0.1 if epoch >= self.drop_epoch else 1.0)
 
 
 RECIPES = {
@@ -202,24 +169,17 @@ def loss_of(config: MultiClassConfig, logits: Tensor, classes: Tensor) -> MultiC
     return multiclass_dice_loss(logits, classes, config.class_weights)
 
 
-def train_epoch(
-    fabric: Fabric, config: MultiClassConfig, slices, net, optimizer, loader, progress
-) -> dict[str, Tensor]:
-    """Train for one epoch; return the mean of each loss term over its steps."""
-    net.train()
+def steps(
+    config: MultiClassConfig, slices: MultiClassSlices, fabric: Fabric, net, optimizer, batches
+) -> Iterator[MultiClassLoss]:
+    """Take the optimiser steps of an epoch, one for each batch; yield the loss of each."""
     torch.manual_seed(config.seed * 100_003 + slices.epoch)  # dropout, the same after a resume
-    totals, steps = {}, 0
-    for batch in loader:
+    for batch in batches:
         optimizer.zero_grad()
         loss = loss_of(config, net(batch["image"]), batch["classes"])
         fabric.backward(loss.total)
         optimizer.step()
-        for name, term in loss._asdict().items():
-            if term is not None:
-                totals[name] = totals.get(name, 0) + term.detach()
-        steps += 1
-        progress.update()
-    return {name: total / steps for name, total in totals.items()}
+        yield loss
 
 
 def probabilities(logits: Tensor, config: MultiClassConfig) -> Tensor:
@@ -265,15 +225,15 @@ def predict_slice(
     was_training = net.training
     net.eval()
     device = next(net.parameters()).device
-    square = class_input(grey, prior, config.size).to(device)
-    positions = [(turns, mirrored) for turns in range(4) for mirrored in (False, True)]
-    positions = positions if config.flips else positions[:1]
-    moved = [torch.rot90(square.flip(2) if m else square, turns, (1, 2)) for turns, m in positions]
-    logits = net(torch.stack(moved)).float().cpu()
+    greys, priors = [grey], [prior]
+    if config.flips:
+        greys, priors = positions(grey), [None] * 8 if prior is None else positions(prior)
+    inputs = [class_input(*planes, config.size) for planes in zip(greys, priors, strict=True)]
+    logits = net(torch.stack(inputs).to(device)).float().cpu()
     net.train(was_training)
-    back = [torch.rot90(one, -turns, (1, 2)) for one, (turns, _) in zip(logits, positions, strict=True)]
-    back = torch.stack([one.flip(2) if m else one for one, (_, m) in zip(back, positions, strict=True)])
-    return probabilities(resize(back, grey.shape), config).mean(0).numpy()
+    sized = [resize(one[None], plane.shape) for one, plane in zip(logits, greys, strict=True)]
+    maps = [probabilities(one, config)[0].numpy() for one in sized]
+    return mean_of_positions(maps) if config.flips else maps[0]
 
 
 def predict_slices(
@@ -352,8 +312,7 @@ def validate(config: MultiClassConfig, files, prior, net: nn.Module) -> tuple[di
 def train(config: MultiClassConfig, out: str | Path) -> Run:
     """Train and evaluate in a run folder; a folder that has begun goes on from its checkpoint.
 
-    As `covidnb.training.infnet.train`: a killed and resumed run ends at the weights of an uninterrupted one,
-    bit for bit on a CPU, and with more than one device torchrun starts the processes.
+    See `covidnb.training.loop.train` for what a resumed run and several devices mean.
 
     Parameters
     ----------
@@ -371,20 +330,35 @@ def train(config: MultiClassConfig, out: str | Path) -> Run:
     SliceError
         Where a slice has no prior.
     """
-    if config.devices > 1 and not under_torchrun():
-        launch("covidnb.training.multiclass", config, out)
-        return Run(out, config)
     files, held_out = split_slices(config)
-    fabric = start_fabric(config)
-    with fabric.rank_zero_first():
-        run = Run(out, config)
+
+    def prepare(run: Run) -> Task:
         prior = _eval_prior(run, held_out)
-    with memory_advice(config):
-        net, history = _fit(fabric, run, files, held_out, prior)
-        if fabric.is_global_zero and not (run.folder / "metrics.json").exists():
-            _evaluate(run, net, history, len(files), held_out, prior)
-    fabric.barrier()
-    return run
+        slices = MultiClassSlices(
+            files,
+            config.size,
+            prior=config.prior if config.takes_prior else None,
+            noise=config.prior_noise,
+            augment=config.augment,
+            seed=config.seed,
+        )
+        return Task(
+            slices=slices,
+            network=lambda fresh: build(config, pretrained=config.pretrained and fresh),
+            optimizer=partial(_optimizer, config),
+            steps=partial(steps, config, slices),
+            validate=partial(validate, config, held_out, prior),
+            evaluate=partial(_evaluate, len(files), held_out, prior),
+        )
+
+    return loop.train(MODULE, config, out, prepare)
+
+
+def _optimizer(config: MultiClassConfig, net: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer that a config names."""
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(net.parameters(), lr=config.lr, momentum=config.momentum)
+    return torch.optim.Adam(net.parameters(), lr=config.lr)
 
 
 def _eval_prior(run: Run, held_out: list[SliceFiles]) -> str | Path | None:
@@ -404,40 +378,12 @@ def _eval_prior(run: Run, held_out: list[SliceFiles]) -> str | Path | None:
     folder = run.folder / "prior"
     if not all((folder / f"{f.name}.png").exists() for f in held_out):
         net, theirs = infnet.load_network(config.eval_prior)
-        if theirs.data == config.data and config.fold not in (None, theirs.fold):
-            raise ConfigError(
-                f"parameter 'eval_prior': {config.eval_prior} held out fold {theirs.fold}, this run holds "
-                f"out {config.fold}: its maps of slices that it has learnt would be too good"
-            )
+        infnet.refuse_learnt("eval_prior", config.eval_prior, theirs, config.data, config.fold)
         infnet.write_predictions(folder, held_out, infnet.predict_slices(net, held_out, theirs.size))
     return folder
 
 
-def _fit(fabric: Fabric, run: Run, files, held_out, prior) -> tuple[nn.Module, list[dict]]:
-    """Train from the start or the last checkpoint; return the network and the log."""
-    config = run.config
-    saved = run.load_checkpoint()
-    torch.manual_seed(config.seed)
-    net = build(config, pretrained=config.pretrained and saved is None)
-    net = net.to(memory_format=torch.channels_last)
-    if config.optimizer == "sgd":
-        optimizer = torch.optim.SGD(net.parameters(), lr=config.lr, momentum=config.momentum)
-    else:
-        optimizer = torch.optim.Adam(net.parameters(), lr=config.lr)
-    slices = MultiClassSlices(
-        files,
-        config.size,
-        prior=config.prior if config.takes_prior else None,
-        noise=config.prior_noise,
-        augment=config.augment,
-        seed=config.seed,
-    )
-    one_epoch = partial(train_epoch, fabric, config, slices)
-    looked_at = partial(validate, config, held_out, prior)
-    return net, fit(fabric, run, saved, net, optimizer, slices, one_epoch, validate=looked_at)
-
-
-def _evaluate(run: Run, net: nn.Module, history: list[dict], trained: int, held_out, prior) -> None:
+def _evaluate(trained: int, held_out, prior, run: Run, net: nn.Module, history: list[dict]) -> None:
     """Segment the held-out slices and write what a finished run has."""
     config = run.config
     maps = predict_slices(net, config, held_out, prior)
@@ -479,11 +425,7 @@ def load_network(weights: str | Path) -> tuple[nn.Module, MultiClassConfig]:
 
 def main(argv: list[str] | None = None) -> None:
     """Run from the command line."""
-    parser = argparse.ArgumentParser(prog="python -m covidnb.training.multiclass", description=train.__doc__)
-    parser.add_argument("config", help="JSON file with fields of MultiClassConfig")
-    parser.add_argument("out", help="run folder")
-    arguments = parser.parse_args(argv)
-    train(parse_config(MultiClassConfig, json.loads(Path(arguments.config).read_text())), arguments.out)
+    loop.command_line(MODULE, MultiClassConfig, train, argv)
 
 
 if __name__ == "__main__":

@@ -92,10 +92,18 @@ def parse_config(kind: type, values: dict):
             advice = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(hints)}"
             raise ConfigError(f"unknown parameter {name!r}: {advice}")
         if not _fits(value, hints[name]):
-            wanted = dataclasses.fields(kind)[list(hints).index(name)].type
+            wanted = next(field.type for field in dataclasses.fields(kind) if field.name == name)
             wanted = getattr(wanted, "__name__", str(wanted))
             raise ConfigError(f"parameter {name!r} must be {wanted}, got {value!r}")
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def recipe_of(values: dict) -> str:
+    """Name of the recipe that a run's values ask for; "auto", or none, is decided by their data."""
+    recipe = values.get("recipe", "auto")
+    if recipe != "auto":
+        return recipe
+    return "laptop" if values.get("data", "phantom") == "phantom" else "lite"
 
 
 def from_recipe(kind: type, recipes: dict[str, dict], values: dict):
@@ -115,13 +123,10 @@ def from_recipe(kind: type, recipes: dict[str, dict], values: dict):
     ConfigError
         For an unknown recipe, or as `parse_config`.
     """
-    values = dict(values)
-    recipe = values.pop("recipe", "auto")
-    if recipe == "auto":
-        recipe = "laptop" if values.get("data", "phantom") == "phantom" else "lite"
+    recipe = recipe_of(values)
     if recipe not in recipes:
         raise ConfigError(f"parameter 'recipe' must be 'auto' or one of {', '.join(recipes)}, got {recipe!r}")
-    return parse_config(kind, recipes[recipe] | values)
+    return parse_config(kind, recipes[recipe] | {k: v for k, v in values.items() if k != "recipe"})
 
 
 def check_positive(config, names: tuple[str, ...]) -> None:
@@ -139,23 +144,6 @@ def check_positive(config, names: tuple[str, ...]) -> None:
         raise ConfigError(f"parameter 'size' must be a multiple of 32, got {config.size}")
     if not 0 < config.lr < 1:
         raise ConfigError(f"parameter 'lr' must lie between 0 and 1, got {config.lr}")
-
-
-def check_training(config) -> None:
-    """Check the fields that all loops on slices share.
-
-    Raises
-    ------
-    ConfigError
-        Naming a field with a value that cannot be.
-    """
-    check_positive(config, ("size", "batch", "epochs", "devices"))
-    if config.validate_every and config.fold is None:
-        raise ConfigError("parameter 'validate_every' needs a 'fold' to score: the test part is for the end")
-    if config.patience and not config.validate_every:
-        raise ConfigError("parameter 'patience' counts validations: set 'validate_every' and 'fold' too")
-    if config.batch % config.devices:
-        raise ConfigError(f"parameter 'batch' must be a multiple of 'devices', got {config.batch}")
 
 
 def notebook_parameters(names: dict) -> dict:

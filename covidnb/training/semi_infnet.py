@@ -7,8 +7,6 @@ the next few. Semi-Inf-Net then trains on the finished labels, and after that on
 `python -m covidnb.training.semi_infnet CONFIG.json RUN_FOLDER` starts a propagation, or goes on with it.
 """
 
-import argparse
-import json
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,12 +15,10 @@ from typing import Literal
 import numpy as np
 import torch
 from lightning_fabric import Fabric
-from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
-from covidnb.files import whole
 from covidnb.slices import InfectionSlices, SliceFiles, list_slices, read_mask, semiseg_root
 from covidnb.training.infnet import (
     EDGES,
@@ -32,11 +28,12 @@ from covidnb.training.infnet import (
     load_network,
     predict_slices,
     split_slices,
+    steps,
     train,
-    train_epoch,
+    write_map,
 )
-from covidnb.training.loop import JointBatches, memory_advice, start_fabric
-from covidnb.training.run import ConfigError, Run, check_positive, parse_config
+from covidnb.training.loop import JointBatches, command_line, mean_terms, memory_advice, start_fabric
+from covidnb.training.run import ConfigError, Run, check_positive, parse_config, recipe_of
 
 RECENT = 20  # slices over which the share of lesion in new labels is judged
 
@@ -142,12 +139,10 @@ def plan(values: dict, out: str | Path) -> dict[str, InfNetConfig | PropagationC
     ConfigError
         For what no stage knows.
     """
-    values = {"recipe": "auto", "start": "", "labels": "own"} | values
+    values = {"start": "", "labels": "own"} | values | {"recipe": recipe_of(values)}
     names = ("infnet", "propagation", "pseudo", "doctor")
     own = {name: dict(values.pop(name, {})) for name in names}
     recipe, start, labels = (values.pop(name) for name in ("recipe", "start", "labels"))
-    if recipe == "auto":
-        recipe = "laptop" if values.get("data", "phantom") == "phantom" else "lite"
     if labels not in ("own", "authors"):
         raise ConfigError(f"parameter 'labels' must be 'own' or 'authors', got {labels!r}")
     weights = {name: str(Path(out) / name / "weights.safetensors") for name in names}
@@ -185,9 +180,7 @@ def next_slices(config: PropagationConfig, net: nn.Module, waiting: list[SliceFi
 
 def write_label(path: Path, probability: np.ndarray, soft: bool) -> float:
     """Write one pseudo-label as an 8-bit PNG; return its share of lesion pixels."""
-    label = np.round(255 * (probability if soft else probability > 0.5)).astype(np.uint8)
-    with whole(path) as part:
-        Image.fromarray(label).save(part, format="png")
+    label = write_map(path, probability if soft else probability > 0.5)
     return float((label > 127).mean())
 
 
@@ -257,10 +250,10 @@ def propagate(config: PropagationConfig, out: str | Path) -> Run:
 class _Propagation:
     """The rounds of one propagation: doctor's slices first, then the pool in the order of its labels."""
 
-    def __init__(self, fabric: Fabric, run: Run, net: nn.Module, steps: InfNetConfig):
-        self.fabric, self.run, self.config, self.steps = fabric, run, run.config, steps
+    def __init__(self, fabric: Fabric, run: Run, net: nn.Module, learning: InfNetConfig):
+        self.fabric, self.run, self.config, self.learning = fabric, run, run.config, learning
         self.net = fabric.to_device(net.to(memory_format=torch.channels_last))
-        self.doctor, self.held_out = split_slices(steps)
+        self.doctor, self.held_out = split_slices(learning)
         self.doctor_share = lesion_share(self.doctor)
         pool = list_slices(semiseg_root(self.config.data), "pseudo")
         order = np.random.default_rng(self.config.seed).permutation(len(pool))[: self.config.pool]
@@ -268,7 +261,7 @@ class _Propagation:
         self.pool = [pool[k]._replace(mask=folder / f"{pool[k].name}.png", edge=None) for k in order]
         # decoded and drawn once, when a round first learns from them; by then their labels are there
         self.slices = InfectionSlices(
-            self.doctor + self.pool, steps.size, steps.augment, steps.seed, edges=EDGES["pseudo"]
+            self.doctor + self.pool, learning.size, learning.augment, learning.seed, edges=EDGES["pseudo"]
         )
         self.history: list[dict] = []
 
@@ -290,7 +283,7 @@ class _Propagation:
                 progress.update()
         if not (self.run.folder / "metrics.json").exists():
             labelled = len(self.doctor) + len(self.pool)
-            evaluate(self.run, self.steps, self.net, self.history, labelled, self.held_out)
+            evaluate(self.run, self.learning, self.net, self.history, labelled, self.held_out)
 
     def one_round(self, number: int) -> dict:
         """Label the next slices, learn from them; return the round's row of the log."""
@@ -298,8 +291,8 @@ class _Propagation:
         done = {name for row in self.history for name in row["names"].split()}
         position = {f.name: k for k, f in enumerate(self.slices.files)}
         waiting = [f for f in self.pool if f.name not in done]
-        chosen = [waiting[k] for k in next_slices(config, self.net, waiting, self.steps.size)]
-        maps = predict_slices(self.net, chosen, self.steps.size)
+        chosen = [waiting[k] for k in next_slices(config, self.net, waiting, self.learning.size)]
+        maps = predict_slices(self.net, chosen, self.learning.size)
         shares = [write_label(f.mask, p, config.soft) for f, p in zip(chosen, maps, strict=True)]
         old = list(range(len(self.doctor))) + sorted(position[name] for name in done)
         learnt = to_learn_from(config, number, old, [position[f.name] for f in chosen])
@@ -328,27 +321,21 @@ class _Propagation:
             for epoch in range(number * self.config.epochs, (number + 1) * self.config.epochs):
                 batches.epoch = epoch
                 self.slices.set_epoch(epoch)
-                terms = train_epoch(self.fabric, self.steps, net, optimizer, loader, progress)
+                net.train()
+                terms = mean_terms(steps(self.learning, self.fabric, net, optimizer, loader), progress)
         return {name: float(term) for name, term in terms.items()}
 
     def watch(self, number: int) -> None:
         """Keep what the network now makes of the slices that it labels last."""
         watched = self.pool[len(self.pool) - min(self.config.watched, len(self.pool)) :]
         if watched:
-            for f, p in zip(watched, predict_slices(self.net, watched, self.steps.size), strict=True):
+            for f, p in zip(watched, predict_slices(self.net, watched, self.learning.size), strict=True):
                 write_label(self.run.folder / "watch" / f.name / f"round_{number + 1:04d}.png", p, soft=True)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run from the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m covidnb.training.semi_infnet", description=propagate.__doc__
-    )
-    parser.add_argument("config", help="JSON file with fields of PropagationConfig")
-    parser.add_argument("out", help="run folder")
-    arguments = parser.parse_args(argv)
-    values = json.loads(Path(arguments.config).read_text())
-    propagate(parse_config(PropagationConfig, values), arguments.out)
+    command_line("covidnb.training.semi_infnet", PropagationConfig, propagate, argv)
 
 
 if __name__ == "__main__":

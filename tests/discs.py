@@ -1,9 +1,12 @@
-"""Slices that a network learns in seconds: discs brighter than a noisy ground."""
+"""Slices that a network learns in seconds, discs brighter than a noisy ground, and the runs on them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from covidnb.training.infnet import InfNetConfig
 
 
 def make_slices(root: Path, part: str, names: list[str], labels: bool = True) -> None:
@@ -20,3 +23,26 @@ def make_slices(root: Path, part: str, names: list[str], labels: bool = True) ->
         Image.fromarray(grey).save(root / part / "Imgs" / f"{name}.png")
         if labels:
             Image.fromarray(lesion.astype(np.uint8) * 255).save(root / part / "GT" / f"{name}.png")
+
+
+def tiny_infnet(root: Path | str, **changes) -> InfNetConfig:
+    """Config of a small Inf-Net for the slices in `root`; `changes` are fields that a test has otherwise."""
+    tiny = InfNetConfig(
+        data=str(root),
+        backbone="efficientnet_lite0",
+        pretrained=False,
+        size=64,
+        scales=(1.0,),
+        batch=5,
+        epochs=4,
+        lr=1e-3,
+        drop_epoch=3,
+        augment=True,
+    )
+    return replace(tiny, **changes)
+
+
+def epochs_logged(folder: Path) -> int:
+    """Epochs in the log of a run folder, which another process may be writing."""
+    log = folder / "log.csv"
+    return len(log.read_text().splitlines()) - 1 if log.exists() else 0

@@ -1,18 +1,17 @@
 """Averages of maps over networks and over a slice's positions."""
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
-from discs import make_slices
+from discs import make_slices, tiny_infnet
 from scipy.special import logit
 
 from covidnb.nets import InfNet
 from covidnb.slices import list_slices, read_image
 from covidnb.training import ensemble
 from covidnb.training.ensemble import EnsembleConfig, average_maps, evaluate, sharpened
-from covidnb.training.infnet import InfNetConfig, load_network, predict_slices
+from covidnb.training.infnet import load_network, predict_slices
 from covidnb.training.run import ConfigError, Run
 
 
@@ -27,10 +26,10 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def weights(data, tmp_path_factory):
     """Two untrained networks, the second of fold 1."""
-    config = InfNetConfig(data=str(data), backbone="efficientnet_lite0", pretrained=False, size=64)
     paths = []
     for fold in (None, 1):
-        run = Run(tmp_path_factory.mktemp("run"), replace(config, fold=fold))
+        config = tiny_infnet(data, fold=fold)
+        run = Run(tmp_path_factory.mktemp("run"), config)
         run.save_weights(InfNet(config.backbone))
         paths.append(str(run.weights_path))
     return paths

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from discs import epochs_logged, tiny_infnet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -434,16 +435,9 @@ def test_two_processes_learn_as_one(tiny, tmp_path):
         np.testing.assert_allclose(logs[1][name], logs[0][name], rtol=1e-3)
 
 
-def epochs_logged(folder: Path) -> int:
-    log = folder / "log.csv"
-    return len(log.read_text().splitlines()) - 1 if log.exists() else 0
-
-
 def test_weights_of_infnet_make_the_prior(tiny, tmp_path):
     """And are refused where they have learnt the slices that are held out."""
-    source = infnet.InfNetConfig(
-        data=tiny.data, backbone="efficientnet_lite0", pretrained=False, size=64, fold=1
-    )
+    source = tiny_infnet(tiny.data, fold=1)
     run = Run(tmp_path / "infnet", source)
     run.save_weights(infnet.build(source))
     config = replace(tiny, epochs=1, fold=1, eval_prior=str(run.weights_path))
@@ -457,7 +451,7 @@ def test_weights_of_infnet_make_the_prior(tiny, tmp_path):
 
 
 def test_other_weights_are_refused(tmp_path):
-    source = infnet.InfNetConfig(backbone="efficientnet_lite0", pretrained=False)
+    source = tiny_infnet(tmp_path)
     run = Run(tmp_path, source)
     run.save_weights(infnet.build(source))
     with pytest.raises(ConfigError, match="InfNet that knows no classes"):

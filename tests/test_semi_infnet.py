@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from discs import make_slices
+from discs import make_slices, tiny_infnet
 from PIL import Image
 
 from covidnb.slices import list_slices, semiseg_root
@@ -44,18 +44,7 @@ def discs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def started(discs, tmp_path_factory):
     """An Inf-Net that has learnt the discs."""
-    config = InfNetConfig(
-        data=str(discs),
-        backbone="efficientnet_lite0",
-        pretrained=False,
-        size=64,
-        scales=(1.0,),
-        batch=5,
-        epochs=14,
-        lr=3e-3,
-        drop_epoch=11,
-        augment=True,
-    )
+    config = tiny_infnet(discs, epochs=14, lr=3e-3, drop_epoch=11)
     return train(config, tmp_path_factory.mktemp("start") / "run")
 
 

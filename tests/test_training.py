@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from discs import make_slices
+from discs import epochs_logged, make_slices, tiny_infnet
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -41,18 +41,7 @@ def discs(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def tiny(discs) -> InfNetConfig:
-    return InfNetConfig(
-        data=str(discs),
-        backbone="efficientnet_lite0",
-        pretrained=False,
-        size=64,
-        scales=(1.0,),
-        batch=5,
-        epochs=4,
-        lr=1e-3,
-        drop_epoch=3,
-        augment=True,
-    )
+    return tiny_infnet(discs)
 
 
 class TestConfig:
@@ -423,11 +412,6 @@ for (name, p), q in zip(shared.named_parameters(), alone.parameters(), strict=Tr
 for (name, p), q in zip(shared.named_buffers(), alone.buffers(), strict=True):
     torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-9, msg=name)
 """
-
-
-def epochs_logged(folder: Path) -> int:
-    log = folder / "log.csv"
-    return len(log.read_text().splitlines()) - 1 if log.exists() else 0
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and the order of their names.
+"""Files and folders that are whole or not there, and the order of their names.
 
 The one place that writes through a temporary name.
 """
@@ -6,6 +6,8 @@ The one place that writes through a temporary name.
 import errno
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -43,6 +45,23 @@ def whole(path: str | Path) -> Iterator[Path]:
     finally:
         with suppress(FileNotFoundError):
             part.unlink()
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yield a new folder beside `path`; rename it to `path` only if the block ends well, else remove it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f".part-{path.name}-", dir=path.parent))
+    try:
+        yield part
+        part.chmod(0o755)  # mkdtemp's own mode shuts other users out
+        try:
+            part.rename(path)
+        except OSError:
+            if not path.is_dir():  # another process may have been quicker: its folder is as good
+                raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def natural_order(name: str) -> list:

@@ -11,6 +11,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from covidnb import catalog, phantom
+from covidnb.files import whole_folder
 from covidnb.slices import PARTS, lung_slices, mask_edges
 from covidnb.slices.multiclass import PALETTE
 
@@ -35,7 +36,7 @@ def phantom_root() -> Path:
     digest = hashlib.sha256(json.dumps(PHANTOM).encode() + sources).hexdigest()
     root = catalog.cache_dir() / f"phantom-slices-{digest[:10]}"
     if not root.is_dir():
-        with catalog.room_for("the phantom's slices"), catalog.whole_folder(root) as part:
+        with catalog.room_for("the phantom's slices"), whole_folder(root) as part:
             _draw_phantom(part)
     return root
 

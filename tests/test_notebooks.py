@@ -20,7 +20,9 @@ BIBLIOGRAPHY = (ROOT / "book" / "references.bib").read_text()
 SMALLEST = {
     "ablation": {"variants": ["decoder", "released schedule"], "epochs": 1, "size": 64, "scales": [1.0]}
     | {"batch": 16},
-    "infnet": {"data": "phantom", "epochs": 1, "size": 64, "scales": [1.0], "batch": 16},    "semi_infnet": {
+    "infnet": {"data": "phantom", "epochs": 1, "size": 64, "scales": [1.0], "batch": 16},
+    "multiclass": {"recipe": "glance", "epochs": 1, "infnet": {"epochs": 1, "size": 64}},
+    "semi_infnet": {
         "infnet": {"epochs": 1, "size": 64, "scales": [1.0]},
         "propagation": {"epochs": 1, "size": 64, "per_round": 30, "share_limits": [0, 100]},
         "pseudo": {"epochs": 1, "size": 64, "scales": [1.0]},

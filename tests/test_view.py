@@ -55,6 +55,25 @@ def test_an_overlay_of_nothing_draws_nothing(scan):
     plt.close()
 
 
+def test_classes_are_tinted_where_they_are():
+    classes = np.zeros((20, 30), np.uint8)
+    classes[2:6, 3:9], classes[10:15, 10:12] = 1, 2
+    row = ("a", np.full((20, 30), 90, np.uint8))
+    figure = view.class_table([(*row, classes > 0, classes, classes * 0), (*row, None, classes, classes)])
+    assert [ax.get_title() for ax in figure.axes[:3]] == ["slice, prior", "true classes", "predicted"]
+    tints = [image.get_array()[..., 3] > 0 for image in figure.axes[1].images[1:]]
+    np.testing.assert_array_equal(tints, [classes == 1, classes == 2])
+    assert not any(image.get_array()[..., 3].any() for image in figure.axes[2].images[1:])
+    plt.close()
+
+
+def test_a_confusion_matrix_shows_shares_of_each_true_class():
+    _, ax = plt.subplots()
+    view.confusion_table(ax, [[900, 100], [0, 0]], ("lung", "lesion"))
+    assert [text.get_text() for text in ax.texts] == ["90 %\n900", "10 %\n100", "0 %\n0", "0 %\n0"]
+    plt.close()
+
+
 def test_colours_differ_in_lightness_or_hue_also_without_red_and_green():
     """Simulated red-green blindness (Vienot 1999, deuteranopia) keeps every pair of colours apart."""
     rgb = np.array([matplotlib.colors.to_rgb(colour) for colour in view.COLOURS.values()])

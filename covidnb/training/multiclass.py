@@ -125,6 +125,18 @@ RECIPES = {
         "loss": "dice",
         "augment": True,
     },
+    "glance": {
+        "width": 8,
+        "prior_noise": 1.0,
+        "size": 64,
+        "batch": 8,
+        "epochs": 20,
+        "optimizer": "adam",
+        "lr": 1e-2,
+        "drop_epoch": 16,
+        "loss": "dice",
+        "class_weights": (1.0, 4.0, 8.0),
+    },
 }
 
 
@@ -136,7 +148,8 @@ def configure(values: dict) -> MultiClassConfig:
     values : dict
         Fields of `MultiClassConfig`, and optionally "recipe": "paper" (the multi-class U-Net at 352 pixels:
         for a GPU), "lite" (one a quarter as wide at 224 pixels, a loss with Dice, imperfect priors, flips:
-        real slices on two cores), "laptop" (less of the same, at 160 pixels), or "auto": "laptop" on the
+        real slices on two cores), "laptop" (less of the same, at 160 pixels), "glance" (a narrow one at 64
+        pixels, rare classes weighted: seconds, where many runs are compared), or "auto": "laptop" on the
         phantom, else "lite".
 
     Raises

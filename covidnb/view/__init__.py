@@ -1,13 +1,23 @@
 """Figures and widgets of the notebooks. Nothing but notebooks imports this room."""
 
 from .pictures import COLOURS, overlay, show_slice, source, use_style
-from .reports import compare_histograms, difference, reliability_diagram, slice_table, training_curves
+from .reports import (
+    class_table,
+    compare_histograms,
+    confusion_table,
+    difference,
+    reliability_diagram,
+    slice_table,
+    training_curves,
+)
 from .viewers import SliceViewer, frame_viewer, slice_viewer
 
 __all__ = [
     "COLOURS",
     "SliceViewer",
+    "class_table",
     "compare_histograms",
+    "confusion_table",
     "difference",
     "frame_viewer",
     "overlay",

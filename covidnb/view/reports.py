@@ -73,6 +73,62 @@ def slice_table(rows, *, threshold=0.5):
     return figure
 
 
+def class_table(rows, *, columns=("true classes", "predicted")):
+    """Draw slices in rows: slice with the outline of its infection prior, then maps of classes over it.
+
+    Parameters
+    ----------
+    rows : list of (title, image uint8 (H, W), prior bool (H, W) or None, class maps: arrays (H, W) of
+        0 background, 1 GGO, 2 consolidation, one for each of `columns`)
+    columns : what the class maps are
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    across = 1 + len(columns)
+    figure, grid = plt.subplots(
+        len(rows), across, figsize=(min(8, 2.4 * across), 1.75 * len(rows)), squeeze=False
+    )
+    for axes, (title, image, prior, *maps) in zip(grid, rows, strict=True):
+        for ax in axes:
+            ax.imshow(image, vmin=0, vmax=255)
+            ax.set(xticks=[], yticks=[])
+        axes[0].set_ylabel(title)
+        if prior is not None:
+            overlay(axes[0], prior, COLOURS["prediction"], alpha=0)
+        for ax, classes in zip(axes[1:], maps, strict=True):
+            for k, name in enumerate(("GGO", "consolidation"), 1):
+                overlay(ax, classes == k, COLOURS[name], alpha=0.6)
+    for ax, name in zip(grid[0], ("slice, prior", *columns), strict=True):
+        ax.set_title(name)
+    marks = {"prior": "prediction", "GGO": "GGO", "consolidation": "consolidation"}
+    handles = [plt.Line2D([], [], color=COLOURS[c], lw=5, label=name) for name, c in marks.items()]
+    figure.legend(handles=handles, loc="outside lower right", ncols=3)
+    return figure
+
+
+def confusion_table(ax, counts, names, *, title=""):
+    """Draw a confusion matrix: the shares of each true class (a row), in percent, and the pixels.
+
+    Parameters
+    ----------
+    ax : matplotlib.axes.Axes
+    counts : (C, C) pixels of true (row) and predicted (column) class
+    names : of the C classes
+    title : written above
+    """
+    counts = np.asarray(counts)
+    share = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    ax.imshow(share, cmap="Blues", vmin=0, vmax=100)
+    for (row, column), value in np.ndenumerate(share):
+        ink = "white" if value > 60 else "black"
+        ax.text(column, row, f"{value:.0f} %\n{counts[row, column]:,}", ha="center", va="center", color=ink)
+    ax.set_xticks(range(len(names)), names)
+    ax.set_yticks(range(len(names)), names, rotation=90, va="center")
+    ax.set(xlabel="predicted", ylabel="true", title=title)
+
+
 def reliability_diagram(ax, curve):
     """Draw what `metrics.reliability` counted: the observed share of lesion against the probability said."""
     ax.plot([0, 1], [0, 1], color="#444444", lw=0.8, ls="--", label="honest")

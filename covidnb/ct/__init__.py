@@ -1,19 +1,28 @@
 """CT in: scans and masks as SimpleITK images, oriented by their header to LPS, in Hounsfield units."""
 
-import gzip
 import json
 import math
-import tempfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
 
+from covidnb.ct.dicom import read_series, write_series
+from covidnb.ct.files import READABLE, WRITABLE, CTError, check_complete, read_volume, suffix_of
 from covidnb.files import whole
 
-READABLE = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".nhdr")
-WRITABLE = (".nii", ".nii.gz", ".mha", ".nrrd")  # one file each, so that a write can be atomic
+__all__ = [
+    "READABLE",
+    "WINDOWS",
+    "WRITABLE",
+    "CTError",
+    "check_same_grid",
+    "read_ct",
+    "read_mask",
+    "window",
+    "write_like",
+    "write_series",
+]
 
 # Display windows, name -> (low, high) in HU. "lung" is the range that GASNet clips to.
 WINDOWS = {
@@ -24,10 +33,6 @@ WINDOWS = {
 }
 
 _GRID_KEY = "covidnb_file_grid"  # metadata of an image from read_ct: the geometry its file had
-
-
-class CTError(ValueError):
-    """A scan or mask that cannot be used; the message names the file and what to do about it."""
 
 
 def read_ct(
@@ -59,11 +64,11 @@ def read_ct(
     """
     path = Path(path)
     if path.is_dir():
-        image = _read_series(path, series)
+        image = read_series(path, series)
     elif series is not None:
         raise CTError(f"{path}: series= chooses from a DICOM folder, and this is not a folder: leave it out.")
     else:
-        image = _read_volume(path)
+        image = read_volume(path)
     low, high = _value_range(image, path)
     if low == high:
         raise CTError(f"{path}: every voxel is {low:g}: an empty export. Export or download the scan again.")
@@ -87,7 +92,7 @@ def read_mask(path: str | Path, like: sitk.Image) -> sitk.Image:
         whole numbers from 0 to 255.
     """
     path = Path(path)
-    mask = _read_volume(path)
+    mask = read_volume(path)
     low, high = _value_range(mask, path)
     values = sitk.GetArrayViewFromImage(mask)
     if low < 0 or high > 255 or (values.dtype.kind == "f" and not np.array_equal(values, np.rint(values))):
@@ -125,7 +130,7 @@ def write_like(result: np.ndarray | sitk.Image, image: sitk.Image, path: str | P
         The file cannot be written, for example because the disk is full. Nothing is left behind.
     """
     path = Path(path)
-    _suffix(path, WRITABLE)
+    suffix_of(path, WRITABLE)
     if isinstance(result, sitk.Image):
         check_same_grid(result, image, "the result to write")
         result = sitk.GetArrayFromImage(result)  # a view would not keep a temporary image alive
@@ -141,83 +146,10 @@ def write_like(result: np.ndarray | sitk.Image, image: sitk.Image, path: str | P
     with whole(path) as part:
         try:
             sitk.WriteImage(out, str(part), useCompression=True)
-            _check_complete(part)  # ITK's NIfTI writer does not notice a full disk
+            check_complete(part)  # ITK's NIfTI writer does not notice a full disk
         except (RuntimeError, CTError) as fault:
             raise OSError(f"{path}: could not be written: is the disk full, or the folder locked?") from fault
     return path
-
-
-def write_series(
-    image: sitk.Image, folder: str | Path, *, uid: str = "2.25.2020", name: str = "chest"
-) -> Path:
-    """Write a scan in HU as a scanner does: one DICOM file per slice, unsigned integers and an intercept.
-
-    Parameters
-    ----------
-    image
-        HU from -1024 to 64511, rounded to whole numbers.
-    folder
-        Made, with slice_000.dcm and so on from foot to head. It appears complete or not at all.
-    uid, name
-        SeriesInstanceUID and SeriesDescription.
-
-    Raises
-    ------
-    CTError
-        The folder exists, or the HU do not fit.
-    OSError
-        A slice cannot be written, for example because the disk is full. Nothing is left behind.
-    """
-    folder = Path(folder)
-    values = sitk.GetArrayViewFromImage(image)
-    if folder.exists():
-        raise CTError(f"{folder}: exists. Give a new folder, so that no two series mix.")
-    if values.min() < -1024 or values.max() > 64511:
-        raise CTError(
-            f"{folder}: HU from {values.min():g} to {values.max():g} do not fit: clip them to -1024."
-        )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    direction = image.GetDirection()
-    tags = {
-        "0008|0016": "1.2.840.10008.5.1.4.1.1.2",  # CT Image Storage
-        "0008|0060": "CT",
-        "0008|103e": name,
-        "0020|000d": f"{uid}.0",  # study
-        "0020|000e": uid,
-        "0020|0037": _decimals(direction[0::3] + direction[1::3]),  # of the rows, of the columns
-        "0028|0100": "16",  # bits: allocated, stored, the highest; and unsigned
-        "0028|0101": "16",
-        "0028|0102": "15",
-        "0028|0103": "0",
-        "0028|1052": "-1024",  # rescale intercept
-        "0028|1053": "1",  # rescale slope
-    }
-    writer = sitk.ImageFileWriter()
-    writer.KeepOriginalImageUIDOn()
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".part-") as part:
-        complete = Path(part) / folder.name
-        complete.mkdir()
-        for k in range(image.GetDepth()):
-            piece = sitk.Cast(sitk.Round(image[:, :, k]), sitk.sitkFloat64)  # the writer takes HU from floats
-            own = {
-                "0008|0018": f"{uid}.{k + 1}",
-                "0020|0013": str(k + 1),
-                "0020|0032": _decimals(image.TransformIndexToPhysicalPoint((0, 0, k))),
-            }
-            for tag, value in (tags | own).items():
-                piece.SetMetaData(tag, value)
-            writer.SetFileName(str(complete / f"slice_{k:03d}.dcm"))
-            try:
-                writer.Execute(piece)
-            except RuntimeError as fault:
-                raise OSError(f"{folder}: could not be written: is the disk full?") from fault
-        complete.rename(folder)
-    return folder
-
-
-def _decimals(values: tuple[float, ...]) -> str:
-    """DICOM decimal strings, of at most 16 characters each."""
-    return "\\".join(f"{value:.10g}" for value in values)
 
 
 def window(hu: np.ndarray | sitk.Image, low: float, high: float) -> np.ndarray:
@@ -227,151 +159,6 @@ def window(hu: np.ndarray | sitk.Image, low: float, high: float) -> np.ndarray:
     if isinstance(hu, sitk.Image):
         hu = sitk.GetArrayFromImage(hu)
     return np.clip((np.asarray(hu, np.float32) - low) / (high - low), 0.0, 1.0, dtype=np.float32)
-
-
-# ---------------------------------------------------------------------------------------------- reading
-
-
-def _suffix(path: Path, allowed: tuple[str, ...]) -> str:
-    for suffix in sorted(allowed, key=len, reverse=True):
-        if path.name.lower().endswith(suffix):
-            return suffix
-    raise CTError(
-        f"{path}: not a volume file that this course knows ({', '.join(allowed)}). "
-        "For DICOM give the folder that holds the slices."
-    )
-
-
-def _read_volume(path: Path) -> sitk.Image:
-    """Read a whole 3-D volume file, or raise one CTError that says what is wrong with it."""
-    if not path.exists():
-        raise CTError(f"{path}: no such file. Check the path, or download it again.")
-    if path.is_dir():
-        raise CTError(f"{path}: a folder, where a volume file is needed ({', '.join(READABLE)}).")
-    _suffix(path, READABLE)
-    if path.stat().st_size == 0:
-        raise CTError(f"{path}: the file is empty. Copy or download it again.")
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
-    try:
-        reader.ReadImageInformation()
-        _check_volume(reader.GetSize(), reader.GetNumberOfComponents(), path)
-        _check_complete(path)
-        return reader.Execute()
-    except RuntimeError as error:
-        raise CTError(
-            f"{path}: cannot be read: damaged, cut short or not an image. Copy or download it again. "
-            f"(ITK: {str(error).strip().splitlines()[-1]})"
-        ) from None
-
-
-def _check_volume(size: tuple[int, ...], components: int, path: Path) -> None:
-    """Refuse what is not one scalar 3-D volume; size is (x, y, z)."""
-    if len(size) == 4:
-        raise CTError(f"{path}: 4-D, {size}. Save one time point or channel as a 3-D volume and give that.")
-    if len(size) != 3 or min(size) < 2:
-        raise CTError(f"{path}: a 2-D image, {size}. Give the whole scan: at least two slices in one volume.")
-    if components != 1:
-        raise CTError(f"{path}: {components} values per voxel, a colour image. Give the scan itself.")
-
-
-def _check_complete(path: Path) -> None:
-    """Refuse a NIfTI file that is shorter than its header says: ITK would fill the rest with zeros."""
-    if _suffix(path, READABLE) not in (".nii", ".nii.gz"):
-        return  # the other formats' readers notice by themselves
-    header = _read_header(str(path))
-    bits = math.prod(header.GetSize()) * int(header.GetMetaData("bitpix"))
-    expected = int(float(header.GetMetaData("vox_offset"))) + bits // 8
-    with path.open("rb") as raw:
-        zipped = raw.read(2) == b"\x1f\x8b"
-    length = 0
-    try:
-        with gzip.open(path) if zipped else path.open("rb") as stream:
-            while block := stream.read(1 << 22):
-                length += len(block)
-    except (EOFError, gzip.BadGzipFile, zlib.error):
-        length = 0  # the end is missing, or the checksum is wrong
-    if length < expected:
-        raise CTError(f"{path}: cut short or damaged. Copy or download it again.")
-
-
-def _read_series(folder: Path, series: str | None) -> sitk.Image:
-    """Read one DICOM series, its rescale slope and intercept applied, its slices sorted by position."""
-    found = {
-        uid: sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), uid)
-        for uid in sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
-    }
-    listed = {Path(file).name for files in found.values() for file in files}
-    for path in sorted(folder.iterdir()):
-        # GDCM passes over a slice that it cannot read: at either end of the scan no gap would tell
-        if path.name not in listed and path.name != "DICOMDIR" and path.is_file() and _is_dicom(path):
-            raise CTError(f"{path}: this DICOM file is cut short or damaged. Copy or export it again.")
-    if not found:
-        raise CTError(
-            f"{folder}: no DICOM slices in this folder. Give the folder that holds them directly, or a file."
-        )
-    if series is None and len(found) > 1 or series is not None and series not in found:
-        listing = "\n".join(f"  {uid}: {_describe_series(files)}" for uid, files in found.items())
-        raise CTError(
-            f"{folder}: which DICOM series? Say read_ct(path, series=UID) with one of these:\n{listing}"
-        )
-    files = found[series if series is not None else next(iter(found))]
-    try:
-        # an enhanced CT keeps all its slices, and their positions, in one file
-        image = sitk.ReadImage(_sorted_by_position(files, folder) if len(files) > 1 else files[0])
-    except RuntimeError as error:
-        raise CTError(
-            f"{folder}: the DICOM series cannot be read: a slice is damaged, lacks its position or has "
-            f"another size. Export the series again. (ITK: {str(error).strip().splitlines()[-1]})"
-        ) from None
-    _check_volume(image.GetSize(), image.GetNumberOfComponentsPerPixel(), folder)
-    return image
-
-
-def _read_header(path: str) -> sitk.ImageFileReader:
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(path)
-    reader.ReadImageInformation()
-    return reader
-
-
-def _is_dicom(path: Path) -> bool:
-    with path.open("rb") as stream:
-        return stream.read(132)[128:] == b"DICM"
-
-
-def _describe_series(files: tuple[str, ...]) -> str:
-    header = _read_header(files[0])
-    name = header.GetMetaData("0008|103e").strip() if header.HasMetaDataKey("0008|103e") else "no description"
-    return f"{len(files)} slices, {name}"
-
-
-def _sorted_by_position(files: tuple[str, ...], folder: Path) -> list[str]:
-    """Sort slices along their normal; refuse a gap, a doubled slice or a tilted gantry."""
-    headers = [_read_header(file) for file in files]
-    cosines = np.array(headers[0].GetMetaData("0020|0037").split("\\"), float)  # of rows, then columns
-    positions = np.array([header.GetMetaData("0020|0032").split("\\") for header in headers], float)
-    normal = np.cross(cosines[:3], cosines[3:])
-    order = np.argsort(positions @ normal)
-    along = positions[order] @ normal  # mm
-    steps = np.diff(along)
-    usual = float(np.median(steps))
-    if usual == 0:
-        raise CTError(
-            f"{folder}: most slices lie in the same place as another. Keep one acquisition per folder."
-        )
-    for i in np.flatnonzero(np.abs(steps - usual) > 0.1 * usual):
-        here = f"{along[i]:.1f} and {along[i + 1]:.1f} mm on the slice axis, where the step is {usual:.3g} mm"
-        if steps[i] > usual:
-            raise CTError(f"{folder}: a slice is missing between {here}. Export all slices of the series.")
-        raise CTError(f"{folder}: slices too close, at {here}. Keep one acquisition per folder.")
-    shift = np.linalg.norm(np.diff(positions[order], axis=0) - np.outer(steps, normal), axis=1).max()
-    if shift > 0.02 * usual:
-        raise CTError(
-            f"{folder}: tilted gantry: each slice is shifted by {shift:.2g} mm against the one before, and a "
-            "regular grid cannot hold that. Convert it with a tool that untilts it, such as dcm2niix."
-        )
-    return [files[i] for i in order]
 
 
 # ---------------------------------------------------------------------------------------------- values
@@ -472,6 +259,7 @@ def _corners(image: sitk.Image) -> np.ndarray:
 
 
 def check_same_grid(image: sitk.Image, like: sitk.Image, what: str) -> None:
+    """Refuse an image that does not lie on `like`'s grid with a CTError that calls it `what`."""
     if image.GetSize() != like.GetSize():
         raise CTError(
             f"{what}: {image.GetSize()} voxels (x, y, z), the scan has {like.GetSize()}. Use the mask of "

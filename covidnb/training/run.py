@@ -21,16 +21,16 @@ from covidnb.files import whole
 
 HEADER = "covidnb"  # the entry of a weights file's header that says what it is
 
-CARD = """# Model card: {method}, COVID-19 lesion segmentation in CT slices
+CARD = """# Model card: {method}, COVID-19 lesion segmentation in CT {unit}
 
 **Not for diagnosis.** Research and teaching only; never validated for clinical use.
 
-- Data: {data}; {trained} slices trained on, {evaluated} slices evaluated on.
+- Data: {data}; {trained} {unit} trained on, {evaluated} {unit} evaluated on.
 - Licence: the code is MIT; the weights inherit the terms of the data (book page "Data sets").
-- Input: axial slices in a lung window, 8-bit, resized to a square and ImageNet-normalised.
+- Input: {input}
 - Output: {output}
 
-## Scores on the evaluated slices
+## Scores on the evaluated {unit}
 
 | score | value |
 | --- | --- |
@@ -229,15 +229,17 @@ class Run:
         with whole(self.folder / name) as part:
             part.write_text(json.dumps(content, indent=2) + "\n")
 
-    def write_log(self, history: list[dict], picture: np.ndarray | None = None) -> None:
-        """Write log.csv, one row an epoch: rewritten each time, so a resumed run has no double rows.
+    def write_log(self, history: list[dict], picture: np.ndarray | None = None, unit: str = "epoch") -> None:
+        """Write log.csv, rewritten each time, so that a resumed run has no double rows.
 
         Parameters
         ----------
         history : list of dict
-            All rows; each has "epoch".
+            All rows; each has the `unit` that it is the end of.
         picture : ndarray, optional
-            What the network makes of held-out slices, uint8 (H, W, 3), kept as validation/epoch_NNNN.png.
+            What the network makes of held-out slices, uint8 (H, W, 3), kept as validation/UNIT_NNNN.png.
+        unit : str
+            What the rows count: "epoch" or "step".
 
         The last row and the picture go to TensorBoard's log too, where tensorboardX is installed.
         """
@@ -250,16 +252,16 @@ class Run:
             part.write_text(table.getvalue())
         last = history[-1]
         if picture is not None:
-            with whole(self.folder / "validation" / f"epoch_{last['epoch']:04d}.png") as part:
+            with whole(self.folder / "validation" / f"{unit}_{last[unit]:04d}.png") as part:
                 Image.fromarray(picture).save(part)
         if self._events is None:
-            self._events = _event_writer(self.folder / "tensorboard", last["epoch"])
+            self._events = _event_writer(self.folder / "tensorboard", last[unit])
         if self._events:
             for name, value in last.items():
-                if isinstance(value, int | float) and name != "epoch":
-                    self._events.add_scalar(name, value, last["epoch"])
+                if isinstance(value, int | float) and name != unit:
+                    self._events.add_scalar(name, value, last[unit])
             if picture is not None:
-                self._events.add_image("validation", picture, last["epoch"], dataformats="HWC")
+                self._events.add_image("validation", picture, last[unit], dataformats="HWC")
             self._events.flush()
 
     def save_checkpoint(self, state: dict) -> None:
@@ -284,7 +286,7 @@ class Run:
                 f"{self.checkpoint_path} cannot be read ({type(fault).__name__}): delete it to start again"
             ) from fault
 
-    def write_card(self, method: str, counts: dict, scores: dict, output: str) -> None:
+    def write_card(self, method: str, counts: dict, scores: dict, output: str, unit: str, input: str) -> None:
         """Write model_card.md: what the weights were made from, how well they do, what they are not for."""
         rows = "\n".join(f"| {k} | {v:.4f} |" for k, v in scores.items() if isinstance(v, float))
         settings = "\n".join(f"| {k} | {v} |" for k, v in dataclasses.asdict(self.config).items())
@@ -302,6 +304,8 @@ class Run:
         on_card: dict | None = None,
         output: str = "probability of infection for each pixel; 0.5 is the cut.",
         built_by=None,
+        unit: str = "slices",
+        input: str = "axial slices in a lung window, 8-bit, resized to a square and ImageNet-normalised.",
     ) -> None:
         """Write what a finished run has: its weights, its model card and, last, metrics.json.
 
@@ -321,11 +325,15 @@ class Run:
             What the network says of a pixel.
         built_by : dataclass, optional
             The config that builds the network, for the weights' header; without it, the run's.
+        unit : str
+            What was counted: "slices" or "volumes".
+        input : str
+            What the network takes, for the card.
         """
         self.save_weights(net, built_by)
-        self.write_card(type(net).__name__, counts, on_card or scores, output)
+        self.write_card(type(net).__name__, counts, on_card or scores, output, unit, input)
         seconds = sum(row["seconds"] for row in history)
-        result = {"scores": scores, "slices": counts, "seconds": seconds, "versions": versions()}
+        result = {"scores": scores, unit: counts, "seconds": seconds, "versions": versions()}
         self.write_json("metrics.json", result)
 
     def save_weights(self, net: nn.Module, built_by=None) -> None:

@@ -243,13 +243,16 @@ def list_volumes(root: str | Path, split: str | None = None) -> list[VolumeFiles
     return [VolumeFiles(name, images[name], lungs[name], lesions.get(name)) for name in names]
 
 
-def volumes_root(data: str | Path = "phantom", size: tuple[int, int, int] = SIZE) -> Path:
+def volumes_root(
+    data: str | Path = "phantom", size: tuple[int, int, int] = SIZE, patients: int = 2020
+) -> Path:
     """Folder of volumes of a data set.
 
     Parameters
     ----------
     data : "phantom" (drawn once into the cache, within a minute), or a folder that `prepare.prepare` made.
     size : (depth, height, width) of the phantom's volumes; a folder's are what they are.
+    patients : seed of the phantom's patients.
 
     Raises
     ------
@@ -259,7 +262,7 @@ def volumes_root(data: str | Path = "phantom", size: tuple[int, int, int] = SIZE
     if data == "phantom":
         from covidnb.volumes.phantom import phantom_volumes
 
-        return phantom_volumes(size)
+        return phantom_volumes(size, seed=patients)
     list_volumes(data)
     return Path(data)
 

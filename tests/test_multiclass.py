@@ -19,8 +19,9 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 from covidnb.losses import multiclass_bce_loss, multiclass_dice_loss, one_hot
+from covidnb.metrics import dice_at
 from covidnb.nets import MultiClassUNet
-from covidnb.slices import PARTS, SliceError, list_slices, read_classes, read_image, read_mask
+from covidnb.slices import PARTS, SliceError, list_slices, read_classes, read_image, read_mask, resized_square
 from covidnb.slices.multiclass import (
     MultiClassSlices,
     class_input,
@@ -33,6 +34,7 @@ from covidnb.training.multiclass import (
     MultiClassConfig,
     build,
     configure,
+    grey_reference,
     load_network,
     predict_slice,
     probabilities,
@@ -351,6 +353,16 @@ def test_scores_say_what_they_are_of(rings):
     json.dumps(scores, allow_nan=False)
 
 
+def test_one_grey_value_is_scored_within_the_prior(rings, tmp_path):
+    files, held_out = (list_slices(rings, part) for part in ("multiclass_train", "multiclass_test"))
+    perfect = grey_reference(files, held_out, "label")
+    assert perfect["consolidation"]["dice_of_argmax"] > 0.8 and 100 < perfect["grey"] < 160
+    for f in held_out:  # a prior without lesion
+        Image.fromarray(np.zeros((64, 64), np.uint8)).save(tmp_path / f"{f.name}.png")
+    blind = grey_reference(files, held_out, tmp_path)
+    assert blind["GGO"]["dice_of_argmax"] == 0 and blind["grey"] == perfect["grey"]
+
+
 @pytest.mark.parametrize("network", ["unet", "fcn8s", "deeplab"])
 @pytest.mark.parametrize("prior", ["label", "none"])
 def test_every_network_takes_a_step(tiny, tmp_path, network, prior):
@@ -392,6 +404,7 @@ def test_learns_rings_and_fills_the_run_folder(tiny, tmp_path):
         "validation/epoch_0015.png",
     }
     scores = json.loads((tmp_path / "metrics.json").read_text())["scores"]
+    assert scores["one grey value"]["GGO"]["slices_with"] == 2
     assert scores["GGO"]["dice_of_argmax"] > 0.7 and scores["consolidation"]["dice_of_argmax"] > 0.6
     # the stored weights are those that made the stored maps
     _, held_out = split_slices(config)
@@ -461,3 +474,13 @@ def test_other_weights_are_refused(tmp_path):
 def test_real_priors_are_the_doctors_labels(data_dir):
     for item in list_slices(data_dir / "covid-semiseg", "multiclass_train"):
         np.testing.assert_array_equal(read_prior(item, "label") > 0, read_classes(item.mask) > 0)
+
+
+def test_real_priors_lose_what_is_said(data_dir):
+    """Mean Dice of the doctors' labels with what `imperfect_prior` makes of them, one draw of each."""
+    files = list_slices(data_dir / "covid-semiseg", "multiclass_train")
+    labels = [resized_square(read_prior(item, "label"), 256) / 255 for item in files]
+    for strength, expected in ((0.5, 0.82), (1.0, 0.67)):
+        rng = np.random.default_rng(0)
+        maps = [imperfect_prior(label, strength, rng) for label in labels]
+        assert dice_at(maps, labels) == pytest.approx(expected, abs=0.03)

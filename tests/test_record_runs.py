@@ -28,6 +28,26 @@ def test_runs_are_added_and_replaced(tmp_path):
     assert kept[0]["config"] == {"seed": 3, "start": "infnet", "weights": ["a"]} and kept[0]["seconds"] == 61
 
 
+def test_a_run_on_classes_keeps_the_figures_of_each_by_name(tmp_path):
+    folder = finished(tmp_path / "classes", 0.5)
+
+    def own(dice):
+        toolbox = {"meanDic": dice, "MAE": 0.1, "per_slice": [{"name": "7", "meanDic": dice, "Sm": None}]}
+        return {"toolbox_of_argmax": toolbox, "dice_of_argmax": dice, "dice_where_present": None}
+
+    scores = {"GGO": own(0.61234), "consolidation": own(0.41234), "confusion": [[9, 1], [0, 3]]}
+    metrics = {"scores": scores | {"one grey value": {"grey": 155} | scores}, "seconds": 1, "versions": {}}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    record_runs.main([str(tmp_path / "some.json"), str(folder)])
+    (kept,) = json.loads((tmp_path / "some.json").read_text())
+    assert kept["slices"] == {"7": [0.6123, 0.4123]}
+    toolbox = {"meanDic": 0.6123, "MAE": 0.1}
+    ggo = {"toolbox_of_argmax": toolbox, "dice_of_argmax": 0.6123, "dice_where_present": None}
+    assert kept["scores"]["GGO"] == kept["scores"]["one grey value"]["GGO"] == ggo
+    assert kept["scores"]["consolidation"]["dice_of_argmax"] == 0.4123
+    assert kept["scores"]["confusion"] == [[9, 1], [0, 3]]
+
+
 def test_an_unfinished_run_is_named(tmp_path):
     (tmp_path / "run").mkdir()
     with pytest.raises(SystemExit, match=r"config.json does not exist: .*run is no finished run"):

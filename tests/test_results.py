@@ -41,8 +41,32 @@ def test_fold_rows_are_compared_in_pairs(records):
     assert table[3] == ["B", ".600", ".700", ".650", ".750", "+0.100 ± 0.000"]
 
 
+def test_class_rows_name_their_figures_and_share_a_reference(records):
+    def run(name, dice):
+        own = {f"toolbox_of_{of}": {"meanDic": dice - d} for of, d in (("argmax", 0), ("probability", 0.05))}
+        both = {"GGO": own | {"dice_where_present": dice + 0.1}} | {
+            "consolidation": own | {"dice_where_present": 0.2}
+        }
+        grey = {kind: {key: {"meanDic": 0.3} for key in own} | {"dice_where_present": 0.3} for kind in both}
+        return {"name": name, "config": {}, "scores": both | {"one grey value": {"grey": 99} | grey}}
+
+    runs = [run("net-seed0", 0.5), run("net-seed1", 0.6), run("other", 0.4)]
+    (results.RECORDS / "classes.json").write_text(json.dumps(runs))
+    published = ("Semi-Inf-Net & FCN8s, published",)
+    table = rows(results.class_table("classes", {"net": "Ours", "other": "Other", "absent": "No"}, published))
+    assert len({len(row) for row in table}) == 1 and len(table) == 6
+    assert table[0][1] == "GGO: toolbox, argmax" and table[0][6] == "consolidation: argmax, where present"
+    assert table[2] == ["*Semi-Inf-Net & FCN8s, published*", ".646", "", "", ".238", "", "", ""]
+    assert table[3][:4] == ["Ours", ".550 ± .071", ".500 ± .071", ".650 ± .071"] and table[3][-1] == "2"
+    assert table[4][-2:] == [".200", "1"]
+    assert table[5] == ["one grey value within the prior of: Ours; Other"] + [".300"] * 6 + [""]
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "data" / "results").glob("*.json")), ids=lambda p: p.stem)
 def test_records_are_whole(path):
     for run in json.loads(path.read_text()):
-        assert 0 < run["scores"]["meanDic"] < 1 and run["slices"] and run["versions"]["torch"]
+        scores = run["scores"]
+        kinds = [scores[kind]["toolbox_of_argmax"] for kind in ("GGO", "consolidation") if kind in scores]
+        assert all(0 < one["meanDic"] < 1 for one in kinds or [scores])
+        assert run["slices"] and run["versions"]["torch"]
         assert not [value for value in run["config"].values() if str(value).startswith("/")], run["name"]

@@ -12,6 +12,7 @@ from pathlib import Path
 from covidnb.files import whole
 
 SCORES = ("dice_at_0.5", "meanDic", "meanSen", "meanSpe", "Sm", "meanEm", "MAE")
+CLASSES = ("GGO", "consolidation")  # a run on classes has scores for each
 
 
 def without_paths(value):
@@ -21,8 +22,29 @@ def without_paths(value):
     return Path(value).parent.name if isinstance(value, str) and "/" in value else value
 
 
+def rounded(scores):
+    """Scores without those by slice; a run's seeds agree on fewer than four digits."""
+    if isinstance(scores, dict):
+        return {name: rounded(value) for name, value in scores.items() if name != "per_slice"}
+    return round(scores, 4) if isinstance(scores, float) else scores
+
+
+def by_slice(scores: dict) -> dict[str, list[float]]:
+    """Slice to its Dice at 0.5 and over thresholds; of a run on classes: of GGO and of consolidation.
+
+    The latter are the toolbox's, of the map of 0 and 1 where the class is the likeliest.
+    """
+    if "per_slice" in scores:
+        return {
+            row["name"]: [round(row[name], 4) for name in ("dice_at_0.5", "meanDic")]
+            for row in scores["per_slice"]
+        }
+    kinds = [scores[name]["toolbox_of_argmax"]["per_slice"] for name in CLASSES]
+    return {rows[0]["name"]: [round(row["meanDic"], 4) for row in rows] for rows in zip(*kinds, strict=True)}
+
+
 def entry(folder: Path) -> dict:
-    """Config, scores, and scores by slice of one finished run; its seeds agree on fewer than four digits."""
+    """Config, scores, and scores by slice of one finished run."""
     try:
         config, metrics = (
             json.loads((folder / f"{name}.json").read_text()) for name in ("config", "metrics")
@@ -33,11 +55,8 @@ def entry(folder: Path) -> dict:
     return {
         "name": folder.name,
         "config": {field: without_paths(value) for field, value in config.items()},
-        "scores": {name: round(scores[name], 4) for name in SCORES},
-        "slices": {
-            row["name"]: [round(row[name], 4) for name in ("dice_at_0.5", "meanDic")]
-            for row in scores["per_slice"]
-        },
+        "scores": rounded({name: scores[name] for name in SCORES} if "per_slice" in scores else scores),
+        "slices": by_slice(scores),
         "seconds": round(metrics["seconds"]),
         "versions": metrics["versions"],
     }

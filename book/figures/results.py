@@ -24,6 +24,22 @@ PUBLISHED = {
     "Inf-Net, published": (0.682, 0.738, 0.692, 0.943, 0.781, 0.838, 0.082),
     "Semi-Inf-Net, published": (0.739, 0.770, 0.725, 0.960, 0.800, 0.894, 0.064),
 }
+# GGO and consolidation, mean Dice of the toolbox: Fan et al., TMI 2020; the last three rows are as Table 3 of
+# FSS-2019-nCov (PMC7836902, 2021) gives them: its figures of the others' maps differ from theirs
+PUBLISHED_CLASSES = {
+    "DeepLabV3+, stride 8, published": (0.375, 0.117),
+    "DeepLabV3+, stride 16, published": (0.443, 0.188),
+    "FCN8s, published": (0.471, 0.221),
+    "Semi-Inf-Net & FCN8s, published": (0.646, 0.238),
+    "Semi-Inf-Net & FCN8s, by FSS-2019-nCov": (0.657, 0.318),
+    "Semi-Inf-Net & multi-class U-Net, by FSS-2019-nCov": (0.639, 0.471),
+    "FSS-2019-nCov": (0.679, 0.529),
+}
+CLASS_SCORES = {
+    "toolbox, argmax": lambda own: own["toolbox_of_argmax"]["meanDic"],
+    "toolbox, probability": lambda own: own["toolbox_of_probability"]["meanDic"],
+    "argmax, where present": lambda own: own["dice_where_present"],
+}
 
 
 def record(name: str) -> dict[str, list[dict]]:
@@ -86,3 +102,42 @@ def fold_table(name: str, titles: dict[str, str], reference: str) -> Markdown:
         mean = cell([float(np.mean(list(scores.values())))])
         lines.append(f"| {titles[group]} | {figures} | {mean} | {cut} | {gain} |")
     return Markdown("\n".join(lines))
+
+
+def class_table(name: str, titles: dict[str, str], published: tuple[str, ...]) -> Markdown:
+    """Published rows, a row for each group of runs on classes, and one grey value within their priors.
+
+    The columns say of what each Dice is: the toolbox's mean over thresholds of the map of 0 and 1 where the
+    class is the likeliest, as the published rows, or of its probability; or plain Dice of that map of 0 and
+    1, mean over the slices that have the class.
+
+    Parameters
+    ----------
+    name : the record.
+    titles : group to the name of its row, in their order.
+    published : rows of `PUBLISHED_CLASSES`.
+    """
+    heads = [f"{kind}: {score}" for kind in ("GGO", "consolidation") for score in CLASS_SCORES]
+    lines = [f"| | {' | '.join(heads)} | runs |", "| --- |" + " --- |" * (len(heads) + 1)]
+    for row in published:
+        figures = [text for value in PUBLISHED_CLASSES[row] for text in (cell([value]), "", "")]
+        lines.append(f"| *{row}* | {' | '.join(figures)} | |")
+    groups, references = record(name), {}
+    for group, title in titles.items():
+        if group in groups:
+            scores = [run["scores"] for run in groups[group]]
+            lines.append(f"| {title} | {_class_figures(scores)} | {len(scores)} |")
+            if "one grey value" in scores[0]:
+                # runs with the same prior share it
+                distinct = {json.dumps(one["one grey value"]): one["one grey value"] for one in scores}
+                references.setdefault(_class_figures(list(distinct.values())), []).append(title)
+    for figures, of in references.items():
+        lines.append(f"| one grey value within the prior of: {'; '.join(of)} | {figures} | |")
+    return Markdown("\n".join(lines))
+
+
+def _class_figures(scores: list[dict]) -> str:
+    kinds = ("GGO", "consolidation")
+    return " | ".join(
+        cell([read(one[kind]) for one in scores]) for kind in kinds for read in CLASS_SCORES.values()
+    )

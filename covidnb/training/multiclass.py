@@ -32,6 +32,7 @@ from covidnb.training import infnet, loop
 from covidnb.training.loop import SliceConfig, Task
 from covidnb.training.positions import mean_of_positions, positions
 from covidnb.training.run import ConfigError, Run, from_recipe, parse_config, read_weights
+from covidnb.training.threshold import ConsolidationCut
 
 MODULE = "covidnb.training.multiclass"
 OUTPUT = "probability of background, ground-glass opacity and consolidation for each pixel; the largest wins."
@@ -292,6 +293,20 @@ def score(maps: list[np.ndarray], files: list[SliceFiles]) -> dict:
     return scores | {"confusion": pairs.reshape(count, count).tolist()}
 
 
+def grey_reference(files: list[SliceFiles], held_out: list[SliceFiles], prior: str | Path) -> dict:
+    """What a run has to beat: scores of one grey value, the best on `files`, within the prior of `held_out`.
+
+    Returns
+    -------
+    dict
+        As `score`, and "grey", that value: from it on, infected pixels are called consolidation.
+    """
+    cut = ConsolidationCut.fit([read_image(f.image) for f in files], [read_classes(f.mask) for f in files])
+    named = [cut.predict(read_image(f.image), read_prior(f, prior) >= 128) for f in held_out]
+    maps = [np.stack([classes == k for k in range(3)]).astype(np.float32) for classes in named]
+    return {"grey": cut.grey} | score(maps, held_out)
+
+
 def _toolbox(maps: list, truths: list, files: list[SliceFiles]) -> dict:
     scores = slice_scores(maps, truths)
     for f, row in zip(files, scores["per_slice"], strict=True):
@@ -333,7 +348,8 @@ def train(config: MultiClassConfig, out: str | Path) -> Run:
     out : str or Path
         The run folder: config.json, log.csv, checkpoint/, weights.safetensors, metrics.json, predictions/
         (palette files of the likeliest class), prior/ (where Inf-Net made it), validation/, tensorboard/,
-        model_card.md.
+        model_card.md. metrics.json has the scores of `score` and, where there is a prior, under "one grey
+        value" those of `grey_reference`.
 
     Raises
     ------
@@ -361,7 +377,7 @@ def train(config: MultiClassConfig, out: str | Path) -> Run:
             optimizer=partial(_optimizer, config),
             steps=partial(steps, config, slices),
             validate=partial(validate, config, held_out, prior),
-            evaluate=partial(_evaluate, len(files), held_out, prior),
+            evaluate=partial(_evaluate, files, held_out, prior),
         )
 
     return loop.train(MODULE, config, out, prepare)
@@ -396,14 +412,16 @@ def _eval_prior(run: Run, held_out: list[SliceFiles]) -> str | Path | None:
     return folder
 
 
-def _evaluate(trained: int, held_out, prior, run: Run, net: nn.Module, history: list[dict]) -> None:
+def _evaluate(files, held_out, prior, run: Run, net: nn.Module, history: list[dict]) -> None:
     """Segment the held-out slices and write what a finished run has."""
     config = run.config
     maps = predict_slices(net, config, held_out, prior)
     for f, m in zip(held_out, maps, strict=True):
         write_classes(run.folder / "predictions" / f"{f.name}.png", m.argmax(0).astype(np.uint8))
     scores = score(maps, held_out)
-    counts = {"trained": trained, "evaluated": len(held_out)}
+    if config.takes_prior:
+        scores["one grey value"] = grey_reference(files, held_out, prior)
+    counts = {"trained": len(files), "evaluated": len(held_out)}
     run.finish(net, history, counts, scores, card_scores(scores), OUTPUT)
 
 

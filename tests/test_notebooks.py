@@ -20,8 +20,11 @@ BIBLIOGRAPHY = (ROOT / "book" / "references.bib").read_text()
 SMALLEST = {
     "ablation": {"variants": ["decoder", "released schedule"], "epochs": 1, "size": 64, "scales": [1.0]}
     | {"batch": 16},
+    "gasnet": {"recipe": "glance", "variants": ["labelled", "gasnet"], "steps": 2, "log_every": 1}
+    | {"size": [8, 32, 32]},
     "infnet": {"data": "phantom", "epochs": 1, "size": 64, "scales": [1.0], "batch": 16},
     "multiclass": {"recipe": "glance", "epochs": 1, "infnet": {"epochs": 1, "size": 64}},
+    "preprocess": {"size": [8, 32, 32], "jobs": 1},
     "semi_infnet": {
         "infnet": {"epochs": 1, "size": 64, "scales": [1.0]},
         "propagation": {"epochs": 1, "size": 64, "per_round": 30, "share_limits": [0, 100]},
@@ -203,8 +206,8 @@ def test_run_executes_at_its_smallest_scale(path, tmp_path):
     parameters = SMALLEST[path.stem] | {"out": str(tmp_path / "run")}
     papermill.execute_notebook(path, tmp_path / "report.ipynb", parameters, cwd=ROOT, progress_bar=False)
     finished = {folder.parent for folder in (tmp_path / "run").rglob("weights.safetensors")}
-    assert finished
+    assert finished or list((tmp_path / "run").rglob("lung/*.nii.gz"))  # networks, or volumes for them
     for folder in finished:
         for name in ("config.json", "log.csv", "metrics.json", "model_card.md"):
             assert (folder / name).stat().st_size > 0, name
-        assert list((folder / "predictions").glob("*.png"))
+        assert list((folder / "predictions").iterdir())

@@ -23,9 +23,10 @@ def without_paths(value):
 
 
 def rounded(scores):
-    """Scores without those by slice; a run's seeds agree on fewer than four digits."""
+    """Scores without those by slice or volume; a run's seeds agree on fewer than four digits."""
     if isinstance(scores, dict):
-        return {name: rounded(value) for name, value in scores.items() if name != "per_slice"}
+        singles = ("per_slice", "per_volume")
+        return {name: rounded(value) for name, value in scores.items() if name not in singles}
     return round(scores, 4) if isinstance(scores, float) else scores
 
 
@@ -43,8 +44,16 @@ def by_slice(scores: dict) -> dict[str, list[float]]:
     return {rows[0]["name"]: [round(row["meanDic"], 4) for row in rows] for rows in zip(*kinds, strict=True)}
 
 
+def by_volume(scores: dict) -> dict[str, dict[str, float]]:
+    """Volume to its Dice on each grid, "crop" and "scan"; None in a volume without lesions."""
+    volumes: dict[str, dict] = {}
+    for row in scores["per_volume"]:
+        volumes.setdefault(row["name"], {})[row["grid"]] = rounded(row.get("Dice"))
+    return volumes
+
+
 def entry(folder: Path) -> dict:
-    """Config, scores, and scores by slice of one finished run."""
+    """Config, scores, and scores by slice or volume of one finished run."""
     try:
         config, metrics = (
             json.loads((folder / f"{name}.json").read_text()) for name in ("config", "metrics")
@@ -52,11 +61,12 @@ def entry(folder: Path) -> dict:
     except FileNotFoundError as missing:
         raise SystemExit(f"{missing.filename} does not exist: {folder} is no finished run") from None
     scores = metrics["scores"]
+    singles = {"volumes": by_volume(scores)} if "per_volume" in scores else {"slices": by_slice(scores)}
     return {
         "name": folder.name,
         "config": {field: without_paths(value) for field, value in config.items()},
         "scores": rounded({name: scores[name] for name in SCORES} if "per_slice" in scores else scores),
-        "slices": by_slice(scores),
+        **singles,
         "seconds": round(metrics["seconds"]),
         "versions": metrics["versions"],
     }

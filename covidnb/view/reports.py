@@ -87,8 +87,9 @@ def class_table(rows, *, columns=("true classes", "predicted")):
     matplotlib.figure.Figure
     """
     across = 1 + len(columns)
+    side = min(2.4, 11 / across)
     figure, grid = plt.subplots(
-        len(rows), across, figsize=(min(8, 2.4 * across), 1.75 * len(rows)), squeeze=False
+        len(rows), across, figsize=(side * across, 0.76 * side * len(rows) + 0.4), squeeze=False
     )
     for axes, (title, image, prior, *maps) in zip(grid, rows, strict=True):
         for ax in axes:

@@ -104,7 +104,7 @@ STAGES = {
         "propagation": {"strategy": "incremental", "per_round": 40, "replay": 60, "epochs": 1, "size": 256}
         | {"lr": 1e-4, "augment": True},
         "pseudo": {"scales": [1.0], "epochs": 4, "drop_epoch": 3},
-        "doctor": {"epochs": 30, "lr": 1e-4, "drop_epoch": 24},
+        "doctor": {"epochs": 30, "drop_epoch": 24},
     },
     "laptop": {
         "propagation": {"strategy": "incremental", "per_round": 15, "replay": 30, "epochs": 2, "size": 160}

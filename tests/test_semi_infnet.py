@@ -89,7 +89,9 @@ class TestPlan:
         assert configs["pseudo"].labels == str(Path("runs/x/propagation/labels"))
         assert configs["doctor"].start == str(Path("runs/x/pseudo/weights.safetensors"))
         assert {c.seed for c in configs.values()} == {3} and configs["pseudo"].epochs == 2
-        assert configs["doctor"].lr < configs["infnet"].lr
+        assert configs["doctor"].epochs < configs["infnet"].epochs
+        brief = plan({"recipe": "laptop"}, "runs/x")
+        assert brief["doctor"].lr < brief["infnet"].lr
 
     def test_what_is_there_is_not_made_again(self):
         configs = plan({"start": "w.safetensors", "labels": "authors", "data": "covid-semiseg"}, "runs/x")

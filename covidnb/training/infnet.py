@@ -33,7 +33,7 @@ from covidnb.slices import (
 )
 from covidnb.training import loop
 from covidnb.training.loop import SliceConfig, Task
-from covidnb.training.run import ConfigError, Run, from_recipe, parse_config, read_weights
+from covidnb.training.run import ConfigError, Run, from_recipe, parse_config, read_weights, variants
 
 MODULE = "covidnb.training.infnet"
 EDGES = {"doctor": "gradient", "pseudo": "canny"}  # how the data set's authors drew the edges of each part
@@ -162,10 +162,7 @@ def ablation(values: dict, names: list[str]) -> dict[str, InfNetConfig]:
     ConfigError
         For an unknown variant, too.
     """
-    for name in names:
-        if name not in ABLATION:
-            raise ConfigError(f"parameter 'variants': {name!r} is not one of {', '.join(ABLATION)}")
-    return {name: configure(values | ABLATION[name]) for name in names}
+    return variants(configure, ABLATION, values, names)
 
 
 def split_slices(config: InfNetConfig) -> tuple[list[SliceFiles], list[SliceFiles]]:

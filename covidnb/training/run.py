@@ -8,6 +8,7 @@ import json
 import platform
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +128,31 @@ def from_recipe(kind: type, recipes: dict[str, dict], values: dict):
     if recipe not in recipes:
         raise ConfigError(f"parameter 'recipe' must be 'auto' or one of {', '.join(recipes)}, got {recipe!r}")
     return parse_config(kind, recipes[recipe] | {k: v for k, v in values.items() if k != "recipe"})
+
+
+def variants(configure: Callable, differences: dict[str, dict], values: dict, names: list[str]) -> dict:
+    """Make the configs of an ablation, by name.
+
+    Parameters
+    ----------
+    configure : callable
+        (values) to a config.
+    differences : dict
+        Name of a variant to the fields in which it differs.
+    values : dict
+        Of all variants.
+    names : list of str
+        The variants asked for.
+
+    Raises
+    ------
+    ConfigError
+        For an unknown variant, or as `configure`.
+    """
+    for name in names:
+        if name not in differences:
+            raise ConfigError(f"parameter 'variants': {name!r} is not one of {', '.join(differences)}")
+    return {name: configure(values | differences[name]) for name in names}
 
 
 def check_positive(config, names: tuple[str, ...]) -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from covidnb.training.run import ConfigError, from_recipe
+from covidnb.training.run import ConfigError, from_recipe, variants
 
 TERMS = (
     "adversarial",
@@ -268,10 +268,7 @@ def ablation(values: dict, names: list[str]) -> dict[str, GasnetConfig]:
     ConfigError
         For an unknown variant, too.
     """
-    for name in names:
-        if name not in ABLATION:
-            raise ConfigError(f"parameter 'variants': {name!r} is not one of {', '.join(ABLATION)}")
-    return {name: configure(values | ABLATION[name]) for name in names}
+    return variants(configure, ABLATION, values, names)
 
 
 def root_of(config: GasnetConfig) -> Path:

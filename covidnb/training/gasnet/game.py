@@ -266,7 +266,7 @@ class Game:
                 group["lr"] = self.config.learning_rate(name, step)
         seen = self._step_of_s_and_g(step, batches)
         self.mean.update_parameters(self.bare.s)
-        turns = [self._step_of_d(step, turn) for turn in batches["turns"]]
+        turns = [self._step_of_d(step, seen_by_d) for seen_by_d in batches["turns"]]
         return seen | {name: sum(turn[name] for turn in turns) / len(turns) for name in (turns or [{}])[0]}
 
     def _step_of_s_and_g(self, step: int, batches: dict) -> dict[str, Tensor]:
@@ -328,9 +328,9 @@ def warnings_of(row: dict) -> list[str]:
     found = []
     if row.get("share_covid", 100.0) < EMPTY:
         found.append(
-            f"segmenter empty: {row['share_covid']:.2f} % of the sick lungs are lesion; let 'adversarial' "
-            "reach S later ('adversarial_segmenter_from'), start 'paste' later, raise 'labelled' or "
-            "'multiple_instance', lower 'healthy'"
+            f"segmenter empty: {row['share_covid']:.2f} % of the sick lungs are lesion; raise 'labelled', lower "
+            "'healthy', raise 'multiple_instance', start 'paste' later or let 'adversarial' reach S later "
+            "('adversarial_segmenter_from')"
         )
     if row.get("share_healthy", row["share_labelled"]) > EVERYWHERE:
         share = row.get("share_healthy", row["share_labelled"])

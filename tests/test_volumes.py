@@ -23,6 +23,7 @@ from covidnb.volumes import (
     ScanFiles,
     VolumeError,
     crop_of,
+    implants,
     list_scans,
     list_volumes,
     read_scan,
@@ -428,12 +429,85 @@ def test_interrupted_phantom_leaves_nothing(small, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(phantom_volumes, "write_volume", full)
-    with pytest.raises(CatalogError, match="no space left for the phantom's volumes"):
+    with pytest.raises(CatalogError, match="no space left for the drawn volumes"):
         volumes_root("phantom", SIZE)
     assert list(small.iterdir()) == []
 
 
+# --- real chests with lesions grown in them
+
+
+@pytest.fixture(scope="session")
+def chests(tmp_path_factory) -> dict:
+    """Small phantoms in the place of the real chests, in the layout of their data sets."""
+    root = tmp_path_factory.mktemp("chests")
+    for name in ("chest-ct", "uiip"):
+        (root / name).mkdir()
+    for number in range(5):
+        chest = phantom.chest(number, kind="healthy", shape=(20, 72, 72))
+        if number == 0:
+            lobes = 11 * chest.lungs  # an anatomical mask, whose label 9 is no lung
+            lobes[:5, :5, :5] = 9
+            files = {"chest-ct/cxr.nii.gz": chest.ct, "chest-ct/mask.nii.gz": lobes}
+        else:
+            files = {
+                f"uiip/uiip_{number}_ct.nii.gz": chest.ct,
+                f"uiip/uiip_{number}_lung.nii.gz": chest.lungs,
+            }
+        for name, image in files.items():
+            sitk.WriteImage(image, root / name)
+    return {name: root / name for name in ("chest-ct", "uiip")}
+
+
+@pytest.fixture
+def in_chests(chests, tmp_path, monkeypatch):
+    monkeypatch.setenv("COVIDNB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(implants.catalog, "fetch", lambda name: chests[name])
+    implants._chest.cache_clear()
+    yield
+    implants._chest.cache_clear()
+
+
+def chests_of(root, split) -> list[str]:
+    return [record_of(root, f.name)["made_from"]["implant"]["chest"] for f in list_volumes(root, split)]
+
+
+def test_implanted_volumes_hold_out_an_anatomy(in_chests, monkeypatch):
+    monkeypatch.setattr(implants, "COUNTS", {"covid": 3, "validation": 2})
+    root = volumes_root("implants", SIZE, 2022)
+    learned = ["uiip_1", "uiip_2", "uiip_4"]
+    assert chests_of(root, "labelled") == ["chest-ct"]
+    assert chests_of(root, "covid") == learned and chests_of(root, "healthy") == learned
+    assert chests_of(root, "validation") == ["uiip_3", "uiip_3"], "2022 = 4 x 505 + 2: the third is held out"
+    assert [f.lesions is None for f in list_volumes(root, "healthy")] == [True] * 3
+    first, second = (read_volume(f, lesions=True) for f in list_volumes(root, "validation"))
+    assert (first[1][0] == second[1][0]).all() and (first[1][1] != second[1][1]).any(), "other lesions"
+    scan = scan_of(root, "labelled01")
+    share = sitk.GetArrayFromImage(scan.lesions > 0).sum() / sitk.GetArrayFromImage(scan.lungs).sum()
+    assert 0.5 * implants.MILD < share < 2 * implants.MILD
+    crop = crop_of(root, "labelled01")
+    np.testing.assert_array_equal(
+        image_of(root, "labelled01", "lung"), sitk.GetArrayFromImage(crop.apply(scan.lungs))
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(implants, "draw", lambda **a: pytest.fail("drawn twice"))
+        assert volumes_root("implants", SIZE, 2022) == root
+
+
 # --- real scans
+
+
+def test_implants_in_the_real_chests(data_dir, tmp_path, monkeypatch):
+    """uiip as it is; lesions darken nothing, and a chest without them is the one that was read."""
+    monkeypatch.setattr(implants.catalog, "fetch", lambda name: data_dir / name)
+    implants._chest.cache_clear()
+    healthy, sick = implants.draw("uiip_2", 3, None), implants.draw("uiip_2", 3, 0.1)
+    before, after = (sitk.GetArrayFromImage(scan.ct) for scan in (healthy, sick))
+    lungs, lesions = (sitk.GetArrayFromImage(image) > 0 for image in (sick.lungs, sick.lesions))
+    assert healthy.lesions is None and (after >= before - 1e-3).all() and (after == before)[~lungs].all()
+    assert lesions[lungs].mean() == pytest.approx(0.1, rel=0.5)
+    assert (after - before)[lesions].mean() > 100
+    implants._chest.cache_clear()
 
 
 def test_real_scans(data_dir, tmp_path):

@@ -143,7 +143,7 @@ def write_volume(root: Path, name: str, scan: Scan, size: tuple[int, int, int], 
     Parameters
     ----------
     size : (depth, height, width) in voxels.
-    made_from : where the scan comes from, for `scan_of`: "files" (of `ScanFiles`) or "phantom".
+    made_from : where the scan comes from, for `scan_of`: "files" (of `ScanFiles`), "phantom" or "implant".
     """
     crop = LungCrop.of(scan.lungs, size)
     image = crop.apply(scan.ct)
@@ -195,6 +195,10 @@ def scan_of(root: str | Path, name: str) -> Scan:
         from covidnb.volumes.phantom import draw
 
         return draw(**made_from["phantom"])
+    if "implant" in made_from:
+        from covidnb.volumes.implants import draw
+
+        return draw(**made_from["implant"])
     paths = {kind: path and Path(path) for kind, path in made_from["files"].items()}
     return read_scan(ScanFiles(name, **paths), made_from["method"], made_from["stored_window"])
 
@@ -250,19 +254,24 @@ def volumes_root(
 
     Parameters
     ----------
-    data : "phantom" (drawn once into the cache, within a minute), or a folder that `prepare.prepare` made.
-    size : (depth, height, width) of the phantom's volumes; a folder's are what they are.
-    patients : seed of the phantom's patients.
+    data : "phantom" (drawn once into the cache, within a minute), "implants" (real chests with the phantom's
+        lesions, the same way), or a folder that `prepare.prepare` made.
+    size : (depth, height, width) of the drawn volumes; a folder's are what they are.
+    patients : seed of the phantom's patients, or of the implanted lesions.
 
     Raises
     ------
     VolumeError : the folder holds no volumes.
-    CatalogError : the disk is full.
+    CatalogError : the chests are not here, or the disk is full.
     """
     if data == "phantom":
         from covidnb.volumes.phantom import phantom_volumes
 
         return phantom_volumes(size, seed=patients)
+    if data == "implants":
+        from covidnb.volumes.implants import implanted_volumes
+
+        return implanted_volumes(size, seed=patients)
     list_volumes(data)
     return Path(data)
 

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,12 +39,18 @@ def phantom_volumes(size: tuple[int, int, int] = SIZE, *, seed: int = 2020, **co
     if unknown := counts.keys() - COUNTS.keys():
         raise VolumeError(f"unknown split {min(unknown)!r}: the phantom has {', '.join(COUNTS)}")
     asked = {"size": size, "seed": seed, "counts": COUNTS | counts, "severity": SEVERITY, "version": VERSION}
+    draw_all = partial(_draw_all, size=tuple(size), seed=seed, counts=COUNTS | counts)
+    return drawn_folder("phantom-volumes", asked, draw_all)
+
+
+def drawn_folder(name: str, asked: dict, draw_all: Callable[[Path], None]) -> Path:
+    """A folder of the cache that `draw_all` fills unless it is there, drawn as `asked` by today's phantom."""
     sources = b"".join(path.read_bytes() for path in sorted(Path(phantom.__file__).parent.glob("*.py")))
     digest = hashlib.sha256(json.dumps(asked).encode() + sources).hexdigest()
-    root = catalog.cache_dir() / f"phantom-volumes-{digest[:10]}"
+    root = catalog.cache_dir() / f"{name}-{digest[:10]}"
     if not root.is_dir():
-        with catalog.room_for("the phantom's volumes"), whole_folder(root) as part:
-            _draw_all(part, tuple(size), seed, COUNTS | counts)
+        with catalog.room_for("the drawn volumes"), whole_folder(root) as part:
+            draw_all(part)
     return root
 
 

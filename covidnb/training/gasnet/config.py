@@ -29,11 +29,12 @@ class GasnetConfig:
     """
 
     data: str = "phantom"
-    """"phantom", or a folder of volumes as `python -m covidnb.volumes` and its splits make it."""
+    """"phantom", "implants" (the phantom's lesions in real chests), or a folder of volumes as
+    `python -m covidnb.volumes` and its splits make it."""
     patients: int = 2020
-    """Seed of the phantom's patients: another one gives others, the labelled one too."""
+    """Seed of the phantom's patients, or of the implanted lesions: another one gives others."""
     size: tuple[int, ...] = (40, 160, 160)
-    """(depth, height, width) of the phantom's volumes; those of a folder are what they are."""
+    """(depth, height, width) of the drawn volumes; those of a folder are what they are."""
     depth: int | None = 32
     """Slices of each volume that a step sees, at random where; None: all."""
     augment: bool = True

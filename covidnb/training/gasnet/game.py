@@ -328,9 +328,9 @@ def warnings_of(row: dict) -> list[str]:
     found = []
     if row.get("share_covid", 100.0) < EMPTY:
         found.append(
-            f"segmenter empty: {row['share_covid']:.2f} % of the sick lungs are lesion; raise 'labelled', lower "
-            "'healthy', raise 'multiple_instance', start 'paste' later or let 'adversarial' reach S later "
-            "('adversarial_segmenter_from')"
+            f"segmenter empty: {row['share_covid']:.2f} % of the sick lungs are lesion; raise 'labelled', "
+            "lower 'healthy', raise 'multiple_instance', start 'paste' later or let 'adversarial' reach S "
+            "later ('adversarial_segmenter_from')"
         )
     if row.get("share_healthy", row["share_labelled"]) > EVERYWHERE:
         share = row.get("share_healthy", row["share_labelled"])

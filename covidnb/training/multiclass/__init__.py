@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from covidnb.losses import MultiClassLoss, multiclass_bce_loss, multiclass_dice_loss
 from covidnb.nets import DeepLabV3Plus, FCN8s, MultiClassUNet
-from covidnb.slices import SliceFiles, training_split
+from covidnb.slices import SliceFiles, read_image, training_split
 from covidnb.slices.multiclass import CLASSES, MultiClassSlices, read_prior, write_classes
 from covidnb.training import infnet, loop
+from covidnb.training.ensemble import average_maps
 from covidnb.training.loop import Task
 from covidnb.training.multiclass.config import RECIPES, MultiClassConfig, configure
 from covidnb.training.multiclass.maps import (
@@ -166,7 +167,8 @@ def _eval_prior(run: Run, held_out: list[SliceFiles]) -> str | Path | None:
     if not all((folder / f"{f.name}.png").exists() for f in held_out):
         net, theirs = infnet.load_network(config.eval_prior)
         infnet.refuse_learnt("eval_prior", config.eval_prior, theirs, config.data, config.fold)
-        infnet.write_predictions(folder, held_out, infnet.predict_slices(net, held_out, theirs.size))
+        maps = average_maps(net, [read_image(f.image) for f in held_out], theirs.size, config.flips)
+        infnet.write_predictions(folder, held_out, maps)
     return folder
 
 

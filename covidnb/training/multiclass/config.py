@@ -38,7 +38,8 @@ class MultiClassConfig(SliceConfig):
     class_weights: tuple[float, ...] = (1.0, 1.0, 1.0)
     """Of background, GGO and consolidation in the cross-entropy of the "dice" loss."""
     flips: bool = False
-    """Average the maps of a slice in eight positions: mirrored or not, four quarter turns."""
+    """Average the maps of a slice in eight positions: mirrored or not, four quarter turns; the prior's too,
+    where weights make it."""
     batch: int = 16
     epochs: int = 200
     lr: float = 1e-2

@@ -13,7 +13,7 @@ import SimpleITK as sitk
 import torch
 
 from covidnb import phantom
-from covidnb.catalog import CatalogError
+from covidnb.catalog import CatalogError, load_splits
 from covidnb.crop import LungCrop
 from covidnb.ct import CTError, read_ct, write_like
 from covidnb.lungs import segment_lungs
@@ -22,8 +22,8 @@ from covidnb.volumes import (
     LungVolumes,
     ScanFiles,
     VolumeError,
+    chests,
     crop_of,
-    implants,
     list_scans,
     list_volumes,
     read_scan,
@@ -438,10 +438,10 @@ def test_interrupted_phantom_leaves_nothing(small, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def chests(tmp_path_factory) -> dict:
+def stand_ins(tmp_path_factory) -> dict:
     """Small phantoms in the place of the real chests, in the layout of their data sets."""
     root = tmp_path_factory.mktemp("chests")
-    for name in ("chest-ct", "uiip"):
+    for name in ("chest-ct", "uiip", "medseg2"):
         (root / name).mkdir()
     for number in range(5):
         chest = phantom.chest(number, kind="healthy", shape=(20, 72, 72))
@@ -456,42 +456,58 @@ def chests(tmp_path_factory) -> dict:
             }
         for name, image in files.items():
             sitk.WriteImage(image, root / name)
-    return {name: root / name for name in ("chest-ct", "uiip")}
+    for number in (1, 2, 5, 6, 7):
+        chest = phantom.chest(10 + number, shape=(20, 72, 72), severity=0.1)
+        for kind, image in (("ct", chest.ct), ("lung", chest.lungs), ("lesion", chest.lesions)):
+            sitk.WriteImage(image, root / f"medseg2/medseg2_{number}_{kind}.nii.gz")
+    return {path.name: path for path in root.iterdir()}
 
 
 @pytest.fixture
-def in_chests(chests, tmp_path, monkeypatch):
+def in_chests(stand_ins, tmp_path, monkeypatch):
     monkeypatch.setenv("COVIDNB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(implants.catalog, "fetch", lambda name: chests[name])
-    implants._chest.cache_clear()
+    monkeypatch.setattr(chests.catalog, "fetch", lambda name: stand_ins[name])
+    chests._chest.cache_clear()
     yield
-    implants._chest.cache_clear()
+    chests._chest.cache_clear()
 
 
-def chests_of(root, split) -> list[str]:
-    return [record_of(root, f.name)["made_from"]["implant"]["chest"] for f in list_volumes(root, split)]
+def drawn_from(root, split) -> list[str]:
+    return [record_of(root, f.name)["made_from"]["chest"]["name"] for f in list_volumes(root, split)]
 
 
-def test_implanted_volumes_hold_out_an_anatomy(in_chests, monkeypatch):
-    monkeypatch.setattr(implants, "COUNTS", {"covid": 3, "validation": 2})
+def test_implants_hold_out_an_anatomy(in_chests, monkeypatch):
+    monkeypatch.setattr(chests, "COPIES", 1)
+    monkeypatch.setattr(chests, "HELD_OUT", 2)
     root = volumes_root("implants", SIZE, 2022)
     learned = ["uiip_1", "uiip_2", "uiip_4"]
-    assert chests_of(root, "labelled") == ["chest-ct"]
-    assert chests_of(root, "covid") == learned and chests_of(root, "healthy") == learned
-    assert chests_of(root, "validation") == ["uiip_3", "uiip_3"], "2022 = 4 x 505 + 2: the third is held out"
+    assert drawn_from(root, "labelled") == ["chest-ct"]
+    assert drawn_from(root, "covid") == learned and drawn_from(root, "healthy") == learned
+    assert drawn_from(root, "validation") == ["uiip_3", "uiip_3"], "2022 = 4 x 505 + 2: the third is held out"
     assert [f.lesions is None for f in list_volumes(root, "healthy")] == [True] * 3
     first, second = (read_volume(f, lesions=True) for f in list_volumes(root, "validation"))
     assert (first[1][0] == second[1][0]).all() and (first[1][1] != second[1][1]).any(), "other lesions"
-    scan = scan_of(root, "labelled01")
+    scan = scan_of(root, "chest-ct-sick")
     share = sitk.GetArrayFromImage(scan.lesions > 0).sum() / sitk.GetArrayFromImage(scan.lungs).sum()
-    assert 0.5 * implants.MILD < share < 2 * implants.MILD
-    crop = crop_of(root, "labelled01")
-    np.testing.assert_array_equal(
-        image_of(root, "labelled01", "lung"), sitk.GetArrayFromImage(crop.apply(scan.lungs))
-    )
+    assert 0.5 * chests.MILD < share < 2 * chests.MILD
+    again = sitk.GetArrayFromImage(crop_of(root, "chest-ct-sick").apply(scan.lungs))
+    np.testing.assert_array_equal(image_of(root, "chest-ct-sick", "lung"), again)
     with monkeypatch.context() as patch:
-        patch.setattr(implants, "draw", lambda **a: pytest.fail("drawn twice"))
+        patch.setattr(chests, "draw", lambda **a: pytest.fail("drawn twice"))
         assert volumes_root("implants", SIZE, 2022) == root
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_medseg2_holds_out_a_patient(in_chests, seed):
+    root = volumes_root("medseg2", SIZE, seed)
+    patients = load_splits("volumes")["sets"]["medseg2"]["folds"]
+    labelled, covid, healthy, held_out = (drawn_from(root, split) for split in SPLITS)
+    assert held_out == patients[seed] and healthy == ["chest-ct", "uiip_1", "uiip_2", "uiip_3", "uiip_4"]
+    real = [name for name in covid if name.startswith("medseg2")]
+    assert len(labelled) == 1 and sorted(labelled + real + [held_out[-1]]) == [p[-1] for p in patients]
+    assert set(covid) - set(real) == set(healthy), "lesions grown in every healthy chest"
+    assert "medseg2_6" not in labelled + covid
+    assert list_volumes(root, "labelled")[0].lesions is not None
 
 
 # --- real scans
@@ -499,15 +515,15 @@ def test_implanted_volumes_hold_out_an_anatomy(in_chests, monkeypatch):
 
 def test_implants_in_the_real_chests(data_dir, tmp_path, monkeypatch):
     """uiip as it is; lesions darken nothing, and a chest without them is the one that was read."""
-    monkeypatch.setattr(implants.catalog, "fetch", lambda name: data_dir / name)
-    implants._chest.cache_clear()
-    healthy, sick = implants.draw("uiip_2", 3, None), implants.draw("uiip_2", 3, 0.1)
+    monkeypatch.setattr(chests.catalog, "fetch", lambda name: data_dir / name)
+    chests._chest.cache_clear()
+    healthy, sick = chests.draw("uiip_2", 3, None), chests.draw("uiip_2", 3, 0.1)
     before, after = (sitk.GetArrayFromImage(scan.ct) for scan in (healthy, sick))
     lungs, lesions = (sitk.GetArrayFromImage(image) > 0 for image in (sick.lungs, sick.lesions))
     assert healthy.lesions is None and (after >= before - 1e-3).all() and (after == before)[~lungs].all()
     assert lesions[lungs].mean() == pytest.approx(0.1, rel=0.5)
     assert (after - before)[lesions].mean() > 100
-    implants._chest.cache_clear()
+    chests._chest.cache_clear()
 
 
 def test_real_scans(data_dir, tmp_path):

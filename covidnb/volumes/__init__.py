@@ -22,6 +22,7 @@ from covidnb.ct import READABLE, read_ct, read_mask, window, write_like
 from covidnb.files import natural_order, whole
 from covidnb.lungs import segment_lungs
 
+REAL = ("implants", "medseg2")  # data sets of real chests, by name
 SPLITS = ("labelled", "covid", "healthy", "validation")  # lesions drawn; volume labels alone; held out
 
 
@@ -143,7 +144,7 @@ def write_volume(root: Path, name: str, scan: Scan, size: tuple[int, int, int], 
     Parameters
     ----------
     size : (depth, height, width) in voxels.
-    made_from : where the scan comes from, for `scan_of`: "files" (of `ScanFiles`), "phantom" or "implant".
+    made_from : where the scan comes from, for `scan_of`: "files" (of `ScanFiles`), "phantom" or "chest".
     """
     crop = LungCrop.of(scan.lungs, size)
     image = crop.apply(scan.ct)
@@ -195,10 +196,10 @@ def scan_of(root: str | Path, name: str) -> Scan:
         from covidnb.volumes.phantom import draw
 
         return draw(**made_from["phantom"])
-    if "implant" in made_from:
-        from covidnb.volumes.implants import draw
+    if "chest" in made_from:
+        from covidnb.volumes.chests import draw
 
-        return draw(**made_from["implant"])
+        return draw(**made_from["chest"])
     paths = {kind: path and Path(path) for kind, path in made_from["files"].items()}
     return read_scan(ScanFiles(name, **paths), made_from["method"], made_from["stored_window"])
 
@@ -254,10 +255,10 @@ def volumes_root(
 
     Parameters
     ----------
-    data : "phantom" (drawn once into the cache, within a minute), "implants" (real chests with the phantom's
-        lesions, the same way), or a folder that `prepare.prepare` made.
-    size : (depth, height, width) of the drawn volumes; a folder's are what they are.
-    patients : seed of the phantom's patients, or of the implanted lesions.
+    data : "phantom" (drawn once into the cache, within a minute); "implants" or "medseg2" (real chests, see
+        `covidnb.volumes.chests`, the same way); or a folder that `prepare.prepare` made.
+    size : (depth, height, width) of what is drawn; a folder's volumes are what they are.
+    patients : seed of the phantom's patients, or of grown lesions and who is held out.
 
     Raises
     ------
@@ -268,10 +269,10 @@ def volumes_root(
         from covidnb.volumes.phantom import phantom_volumes
 
         return phantom_volumes(size, seed=patients)
-    if data == "implants":
-        from covidnb.volumes.implants import implanted_volumes
+    if data in REAL:
+        from covidnb.volumes.chests import chest_volumes
 
-        return implanted_volumes(size, seed=patients)
+        return chest_volumes(data, size, seed=patients)
     list_volumes(data)
     return Path(data)
 

@@ -29,10 +29,10 @@ class GasnetConfig:
     """
 
     data: str = "phantom"
-    """"phantom", "implants" (the phantom's lesions in real chests), or a folder of volumes as
-    `python -m covidnb.volumes` and its splits make it."""
+    """"phantom"; "implants" (its lesions in real chests) or "medseg2" (real patients); or a folder of
+    volumes as `python -m covidnb.volumes` and its splits make it."""
     patients: int = 2020
-    """Seed of the phantom's patients, or of the implanted lesions: another one gives others."""
+    """Seed of the phantom's patients; with real chests, of grown lesions and of who is held out."""
     size: tuple[int, ...] = (40, 160, 160)
     """(depth, height, width) of the drawn volumes; those of a folder are what they are."""
     depth: int | None = 32

@@ -202,15 +202,16 @@ RECIPES = {
     },
     "laptop": _SMALL
     | {
-        "size": (16, 48, 48),
+        "size": (24, 64, 64),
         "depth": None,
         "width": 8,
         "game_width": 8,
-        "steps": 250,
-        "adversarial_segmenter_from": 60,
-        "paste_from": 120,
-        "multiple_instance_from": 120,
-        "log_every": 25,
+        "steps": 600,
+        "adversarial": 0.1,
+        "adversarial_segmenter_from": 130,
+        "paste_from": 200,
+        "multiple_instance_from": 200,
+        "log_every": 50,
     },
     "glance": _SMALL
     | {
@@ -250,8 +251,8 @@ def configure(values: dict) -> GasnetConfig:
     ----------
     values : dict
         Fields of `GasnetConfig`, and optionally "recipe": "paper" (for a GPU), "lite" (small networks on
-        real volumes, two cores), "laptop" (the phantom at 16 x 48 x 48, minutes), "glance" (less of it), or
-        "auto": "laptop" on the phantom, else "lite".
+        real volumes, two cores: hours), "laptop" (what is drawn at 24 x 64 x 64: minutes), "glance" (less of
+        it, at 16 x 48 x 48), or "auto": "laptop" on the phantom, else "lite".
 
     Raises
     ------

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -29,6 +29,7 @@ from covidnb.training.gasnet import (
     load_network,
     pools_of,
     train,
+    verdicts,
     warnings_of,
 )
 from covidnb.training.infnet import InfNetConfig
@@ -280,6 +281,24 @@ def test_run_folder(tiny, root, tmp_path):
     expected = volume_scores(*arrays, scan.ct.GetSpacing()[::-1])["Dice"]
     row = next(r for r in scores["per_volume"] if (r["name"], r["grid"]) == ("validation01", "scan"))
     assert row["Dice"] == pytest.approx(expected)
+
+
+def test_the_discriminator_judges_every_volume(tiny, root, tmp_path):
+    run = train(replace(tiny, steps=2), tmp_path)
+    rows = verdicts(run)
+    names = [f.name for split in ("covid", "healthy", "validation") for f in list_volumes(root, split)]
+    assert [row["name"] for row in rows] == names
+    assert all(0 < row["diseased"] < 1 for row in rows)
+    assert [row["share"] is None for row in rows] == [name.startswith("healthy") for name in names]
+    saved = run.load_checkpoint()
+    d = gasnet.build(run.config, (8, 32, 32)).d
+    d.load_state_dict(saved["nets"]["d"])
+    item = LungVolumes(list_volumes(root, "healthy"))[0]
+    by_hand = torch.sigmoid(d.eval()(item["image"][None]).logit).item()
+    assert rows[names.index(item["name"])]["diseased"] == pytest.approx(by_hand)
+    alone = train(gasnet.ablation(asdict(replace(tiny, steps=2)), ["healthy"])["healthy"], tmp_path / "alone")
+    with pytest.raises(ConfigError, match="no discriminator"):
+        verdicts(alone)
 
 
 def test_scan_no_longer_there_is_no_fault(tiny, root, tmp_path, monkeypatch):

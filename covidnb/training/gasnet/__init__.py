@@ -41,6 +41,7 @@ from covidnb.training.gasnet.game import (
     warnings_of,
     weighed,
 )
+from covidnb.training.gasnet.verdicts import verdicts
 from covidnb.training.loop import command_line, memory_advice, start_fabric
 from covidnb.training.run import ConfigError, Run, parse_config, read_weights
 from covidnb.training.volume_evaluation import evaluate_volumes, mean_dice
@@ -71,6 +72,7 @@ __all__ = [
     "pools_of",
     "root_of",
     "train",
+    "verdicts",
     "warnings_of",
     "weighed",
 ]

@@ -62,6 +62,21 @@ def test_class_rows_name_their_figures_and_share_a_reference(records):
     assert table[5] == ["one grey value within the prior of: Ours; Other"] + [".300"] * 6 + [""]
 
 
+def test_volume_rows_are_compared_seed_by_seed(records):
+    def run(name, seed, dice, **others):
+        mean = {"Dice": dice, "sensitivity": 0.5, "specificity": 0.9, "share_found": 8.0, "share_true": 10.0}
+        config, scores = {"seed": seed}, {"scan": {"mean": mean | others}}
+        return {"name": f"{name}-seed{seed}", "config": config, "scores": scores, "seconds": 90}
+
+    runs = [run("gasnet", 0, 0.5, HD95=40.2), run("gasnet", 1, 0.7, HD95=60.2), run("alone", 1, 0.3)]
+    (results.RECORDS / "volumes.json").write_text(json.dumps(runs))
+    table = rows(results.volume_table("volumes", {"alone": "Alone", "gasnet": "GASNet", "absent": "No"}))
+    assert len({len(row) for row in table}) == 1 and len(table) == 4
+    assert table[0][-1] == "GASNet ahead by"
+    assert table[2] == ["Alone", ".300", ".500", ".900", "", "8.0", "10.0", "1", "2", "+40"]
+    assert table[3][:2] == ["GASNet", ".600 ± .141"] and table[3][4] == "50 ± 14" and table[3][-1] == ""
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "data" / "results").glob("*.json")), ids=lambda p: p.stem)
 def test_records_are_whole(path):
     for run in json.loads(path.read_text()):

@@ -141,3 +141,54 @@ def _class_figures(scores: list[dict]) -> str:
     return " | ".join(
         cell([read(one[kind]) for one in scores]) for kind in kinds for read in CLASS_SCORES.values()
     )
+
+
+VOLUME_SCORES = {
+    "Dice": "Dice",
+    "sensitivity": "sensitivity",
+    "specificity": "specificity",
+    "HD95": "HD95, mm",
+    "share_found": "lesion found, % of the lungs",
+    "share_true": "true",
+}
+
+
+def volume_table(name: str, titles: dict[str, str], reference: str = "gasnet") -> Markdown:
+    """Scores on the scan of each group of runs, and by how many points of Dice the reference is ahead of it.
+
+    A run's score is its mean over the volumes; rows give mean and standard deviation over runs, that is over
+    seeds. The margin is taken seed by seed, between runs on the same volumes.
+
+    Parameters
+    ----------
+    name : the record.
+    titles : group to the name of its row, in their order.
+    reference : group that the others are compared with.
+    """
+    groups = record(name)
+    heads = f"{' | '.join(VOLUME_SCORES.values())} | seeds | minutes each | {titles[reference]} ahead by"
+    lines = [f"| | {heads} |", "| --- |" + " --- |" * (len(VOLUME_SCORES) + 3)]
+    ahead = {run["config"]["seed"]: run["scores"]["scan"]["mean"]["Dice"] for run in groups[reference]}
+    for group, title in titles.items():
+        if group not in groups:
+            continue
+        runs = groups[group]
+        means = {run["config"]["seed"]: run["scores"]["scan"]["mean"] for run in runs}
+        figures = [_volume_figure(list(means.values()), key) for key in VOLUME_SCORES]
+        margins = [100 * (ahead[seed] - mean["Dice"]) for seed, mean in means.items() if seed in ahead]
+        margin = "" if group == reference or not margins else f"{np.mean(margins):+.0f}"
+        if margin and len(margins) > 1:
+            margin += f" ± {np.std(margins, ddof=1):.0f}"
+        minutes = np.mean([run["seconds"] for run in runs]) / 60
+        lines.append(f"| {title} | {' | '.join(figures)} | {len(runs)} | {minutes:.0f} | {margin} |")
+    return Markdown("\n".join(lines))
+
+
+def _volume_figure(means: list[dict], key: str) -> str:
+    """A score over runs; lengths in whole mm and shares with one digit."""
+    values = [mean[key] for mean in means if key in mean]
+    if key not in ("HD95", "share_found", "share_true"):
+        return cell(values) if values else ""
+    digits = 0 if key == "HD95" else 1
+    text = f"{np.mean(values):.{digits}f}" if values else ""
+    return f"{text} ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else text

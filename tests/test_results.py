@@ -77,6 +77,16 @@ def test_volume_rows_are_compared_seed_by_seed(records):
     assert table[3][:2] == ["GASNet", ".600 ± .141"] and table[3][4] == "50 ± 14" and table[3][-1] == ""
 
 
+def test_every_held_out_volume_has_its_row(records):
+    runs = [
+        {"name": "gasnet-seed0", "volumes": {"b": {"crop": 0.1, "scan": 0.5}, "a": {"scan": 0.25}}},
+        {"name": "alone-seed0", "volumes": {"a": {"scan": 0.125}}},
+    ]
+    (results.RECORDS / "volumes.json").write_text(json.dumps(runs))
+    table = rows(results.held_out_table("volumes", {"alone": "Alone", "gasnet": "GASNet"}))
+    assert table[2:] == [["a", ".125", ".250"], ["b", "", ".500"]]
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "data" / "results").glob("*.json")), ids=lambda p: p.stem)
 def test_records_are_whole(path):
     for run in json.loads(path.read_text()):

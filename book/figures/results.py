@@ -143,6 +143,26 @@ def _class_figures(scores: list[dict]) -> str:
     )
 
 
+def held_out_table(name: str, titles: dict[str, str]) -> Markdown:
+    """Dice on the scan of each held-out volume, a column for each group of runs.
+
+    Parameters
+    ----------
+    name : the record; every volume is held out in one run of a group.
+    titles : group to the name of its column, in their order.
+    """
+    groups = record(name)
+    dices: dict[str, dict[str, float]] = {}
+    for group in titles:
+        for run in groups.get(group, ()):
+            for volume, dice in run["volumes"].items():
+                dices.setdefault(volume, {})[group] = dice["scan"]
+    lines = [f"| | {' | '.join(titles.values())} |", "| --- |" + " --- |" * len(titles)]
+    for volume, row in sorted(dices.items()):
+        lines.append(f"| {volume} | {' | '.join(cell([row[g]]) if g in row else '' for g in titles)} |")
+    return Markdown("\n".join(lines))
+
+
 VOLUME_SCORES = {
     "Dice": "Dice",
     "sensitivity": "sensitivity",

@@ -8,11 +8,10 @@ one change. An iteration is a step of S and G in the game, one of S's own and on
 """
 
 import argparse
-import time
-from statistics import median
 from unittest import mock
 
 import torch
+from in_turn import print_ratios
 
 from covidnb.training.gasnet import KINDS, TERMS, Game, GasnetConfig, configure
 from covidnb.training.gasnet import game as game_module
@@ -69,7 +68,7 @@ def main() -> None:
     asked = parser.parse_args()
     shape = tuple(asked.size)
     batches = volumes_of(shape)
-    steps, losses, times = [], [], [[] for _ in VARIANTS]
+    steps = []
     for _, find, memory_format, precision in VARIANTS:
         config = config_of(precision)
         game = Game(start_fabric(config), config, shape, None)
@@ -81,19 +80,12 @@ def main() -> None:
                 seen = game.step(0, batches)
             return sum(float(config.weight(name, 0) * seen[name].detach()) for name in TERMS if name in seen)
 
-        losses.append(step())
         steps.append(step)
-    for _ in range(asked.rounds):  # in turn, so that a slow minute slows all of them
-        for step, taken in zip(steps, times, strict=True):
-            started = time.perf_counter()
-            step()
-            taken.append(time.perf_counter() - started)
-    print(f"{' x '.join(map(str, shape))}, batch 1, {torch.get_num_threads()} threads")
-    print("| variant | seconds an iteration | times faster | first loss of S and G |")
-    print("| --- | --- | --- | --- |")
-    slowest = median(times[0])
-    for (name, *_), taken, loss in zip(VARIANTS, times, losses, strict=True):
-        print(f"| {name} | {median(taken):.2f} | {slowest / median(taken):.2f} | {loss:.2f} |")
+    title, heads = (
+        f"{' x '.join(map(str, shape))}, batch 1",
+        ("seconds an iteration", "first loss of S and G"),
+    )
+    print_ratios(title, heads, [name for name, *_ in VARIANTS], steps, asked.rounds)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,11 @@ projection, one separable pooling for all four. Same function, same loss; each v
 """
 
 import argparse
-import time
 from contextlib import nullcontext
-from statistics import median
 
 import torch
 import torch.nn.functional as F
+from in_turn import print_ratios
 
 from covidnb.losses import infnet_loss, structure_loss
 from covidnb.nets import InfNet
@@ -78,7 +77,7 @@ def main() -> None:
     mask = F.interpolate(torch.rand(asked.batch, 1, 11, 11, generator=generator), shape[2:], mode="bilinear")
     mask = (mask > 0.6).float()
     edge = (F.max_pool2d(mask, 3, 1, 1) - mask).clamp(0, 1)
-    steps, losses, times = [], [], [[] for _ in VARIANTS]
+    steps = []
     for _, attend_first, channels_last, loss_of, bf16 in VARIANTS:
         net = build(asked.backbone, attend_first, channels_last)
         optimizer = torch.optim.Adam(net.parameters(), lr=1e-4)
@@ -93,19 +92,10 @@ def main() -> None:
             optimizer.step()
             return loss.item()
 
-        losses.append(step())
         steps.append(step)
-    for _ in range(asked.rounds):  # in turn, so that a slow minute slows all of them
-        for step, taken in zip(steps, times, strict=True):
-            started = time.perf_counter()
-            step()
-            taken.append(time.perf_counter() - started)
-    threads = torch.get_num_threads()
-    print(f"{asked.backbone}, {asked.size} x {asked.size}, batch {asked.batch}, {threads} threads")
-    print("| variant | seconds a step | times faster | loss of the first step |\n| --- | --- | --- | --- |")
-    slowest = median(times[0])
-    for (name, *_), taken, loss in zip(VARIANTS, times, losses, strict=True):
-        print(f"| {name} | {median(taken):.2f} | {slowest / median(taken):.2f} | {loss:.4f} |")
+    title = f"{asked.backbone}, {asked.size} x {asked.size}, batch {asked.batch}"
+    names = [name for name, *_ in VARIANTS]
+    print_ratios(title, ("seconds a step", "loss of the first step"), names, steps, asked.rounds)
 
 
 if __name__ == "__main__":

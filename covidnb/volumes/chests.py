@@ -5,7 +5,7 @@ What was drawn in one hospital has to serve in the next; the held-out anatomy is
 "medseg2": the labelled volume and those to find lesions in are of real patients, one of whom is held out.
 """
 
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -102,7 +102,7 @@ def draw(name: str, seed: int, severity: float | None) -> Scan:
     return Scan(sick, scan.lungs, lesions)
 
 
-@cache
+@lru_cache(maxsize=1)  # lesions are grown in one chest after another; a scan is some 100 MB
 def _chest(name: str) -> Scan:
     """A chest as its data set has it; the healthy ones without lesions."""
     if name == REGISTRY:

@@ -115,6 +115,14 @@ def test_recipes_and_their_ablation(recipe):
     assert len({str(config) for config in configs.values()}) == len(configs), "a variant is no other"
 
 
+@pytest.mark.parametrize(
+    ("data", "recipe"),
+    [("phantom", "laptop"), ("implants", "laptop"), ("medseg2", "laptop"), ("my/volumes", "lite")],
+)
+def test_recipe_of_data(data, recipe):
+    assert configure({"data": data}) == configure({"data": data, "recipe": recipe})
+
+
 def test_unknown_variant_is_named():
     with pytest.raises(ConfigError, match="'variants': 'no mil' is not one of labelled, healthy"):
         gasnet.ablation({}, ["no mil"])

@@ -20,6 +20,7 @@ from torch import nn
 
 from covidnb.files import whole
 
+MADE = ("phantom", "implants", "medseg2")  # data that the package draws or crops at any size asked for
 HEADER = "covidnb"  # the entry of a weights file's header that says what it is
 
 CARD = """# Model card: {method}, COVID-19 lesion segmentation in CT {unit}
@@ -100,11 +101,14 @@ def parse_config(kind: type, values: dict):
 
 
 def recipe_of(values: dict) -> str:
-    """Name of the recipe that a run's values ask for; "auto", or none, is decided by their data."""
+    """Name of the recipe that a run's values ask for; "auto", or none, is decided by their data.
+
+    "auto" is "laptop" for `MADE`, whose size follows the recipe, else "lite".
+    """
     recipe = values.get("recipe", "auto")
     if recipe != "auto":
         return recipe
-    return "laptop" if values.get("data", "phantom") == "phantom" else "lite"
+    return "laptop" if values.get("data", "phantom") in MADE else "lite"
 
 
 def from_recipe(kind: type, recipes: dict[str, dict], values: dict):
@@ -117,7 +121,7 @@ def from_recipe(kind: type, recipes: dict[str, dict], values: dict):
     recipes : dict
         Name of a recipe to the fields that it sets; "laptop" and "lite" among them.
     values : dict
-        Fields, and optionally "recipe": a name, or "auto": "laptop" on the phantom, else "lite".
+        Fields, and optionally "recipe": a name, or "auto": see `recipe_of`.
 
     Raises
     ------

@@ -195,9 +195,10 @@ RECIPES = {
         "width": 8,
         "game_width": 8,
         "steps": 1000,
-        "adversarial_segmenter_from": 240,
-        "paste_from": 480,
-        "multiple_instance_from": 480,
+        "adversarial": 0.1,
+        "adversarial_segmenter_from": 220,
+        "paste_from": 330,
+        "multiple_instance_from": 330,
         "log_every": 50,
     },
     "laptop": _SMALL
@@ -251,8 +252,8 @@ def configure(values: dict) -> GasnetConfig:
     ----------
     values : dict
         Fields of `GasnetConfig`, and optionally "recipe": "paper" (for a GPU), "lite" (small networks on
-        real volumes, two cores: hours), "laptop" (what is drawn at 24 x 64 x 64: minutes), "glance" (less of
-        it, at 16 x 48 x 48), or "auto": "laptop" on the phantom, else "lite".
+        real volumes, two cores: hours), "laptop" (what is made at 24 x 64 x 64: minutes), "glance" (less of
+        it, at 16 x 48 x 48), or "auto": "laptop" on "phantom", "implants" and "medseg2", else "lite".
 
     Raises
     ------

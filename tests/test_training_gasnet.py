@@ -117,7 +117,7 @@ def test_recipes_and_their_ablation(recipe):
 
 @pytest.mark.parametrize(
     ("data", "recipe"),
-    [("phantom", "laptop"), ("implants", "laptop"), ("medseg2", "laptop"), ("my/volumes", "lite")],
+    [("phantom", "glance"), ("implants", "laptop"), ("medseg2", "laptop"), ("my/volumes", "lite")],
 )
 def test_recipe_of_data(data, recipe):
     assert configure({"data": data}) == configure({"data": data, "recipe": recipe})

@@ -20,7 +20,7 @@ from torch import nn
 
 from covidnb.files import whole
 
-MADE = ("phantom", "implants", "medseg2")  # data that the package draws or crops at any size asked for
+AUTO = {"phantom": "laptop"}  # data to the recipe that "auto" is there
 HEADER = "covidnb"  # the entry of a weights file's header that says what it is
 
 CARD = """# Model card: {method}, COVID-19 lesion segmentation in CT {unit}
@@ -100,18 +100,13 @@ def parse_config(kind: type, values: dict):
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
-def recipe_of(values: dict) -> str:
-    """Name of the recipe that a run's values ask for; "auto", or none, is decided by their data.
-
-    "auto" is "laptop" for `MADE`, whose size follows the recipe, else "lite".
-    """
+def recipe_of(values: dict, auto: dict[str, str] = AUTO) -> str:
+    """Name of the recipe that a run's values ask for; "auto", or none: that of their data, or "lite"."""
     recipe = values.get("recipe", "auto")
-    if recipe != "auto":
-        return recipe
-    return "laptop" if values.get("data", "phantom") in MADE else "lite"
+    return auto.get(values.get("data", "phantom"), "lite") if recipe == "auto" else recipe
 
 
-def from_recipe(kind: type, recipes: dict[str, dict], values: dict):
+def from_recipe(kind: type, recipes: dict[str, dict], values: dict, auto: dict[str, str] = AUTO):
     """Make a config of a recipe and what the caller sets beside it.
 
     Parameters
@@ -119,16 +114,18 @@ def from_recipe(kind: type, recipes: dict[str, dict], values: dict):
     kind : type
         See `parse_config`.
     recipes : dict
-        Name of a recipe to the fields that it sets; "laptop" and "lite" among them.
+        Name of a recipe to the fields that it sets; those that "auto" can be are among them.
     values : dict
-        Fields, and optionally "recipe": a name, or "auto": see `recipe_of`.
+        Fields, and optionally "recipe": a name, or "auto".
+    auto : dict
+        See `recipe_of`.
 
     Raises
     ------
     ConfigError
         For an unknown recipe, or as `parse_config`.
     """
-    recipe = recipe_of(values)
+    recipe = recipe_of(values, auto)
     if recipe not in recipes:
         raise ConfigError(f"parameter 'recipe' must be 'auto' or one of {', '.join(recipes)}, got {recipe!r}")
     return parse_config(kind, recipes[recipe] | {k: v for k, v in values.items() if k != "recipe"})

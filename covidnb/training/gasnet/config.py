@@ -227,6 +227,8 @@ RECIPES = {
         "log_every": 10,
     },
 }
+AUTO = {"phantom": "glance", "implants": "laptop", "medseg2": "laptop"}
+"""What recipe "auto" is, by data; "lite" elsewhere."""
 
 _NO_GAME = {"adversarial": 0.0, "generated_to_d": 0.0, "original_to_d": 0.0, "reconstruction": 0.0}
 _ALONE = _NO_GAME | {"paste": 0.0, "multiple_instance": 0.0}
@@ -253,14 +255,14 @@ def configure(values: dict) -> GasnetConfig:
     values : dict
         Fields of `GasnetConfig`, and optionally "recipe": "paper" (for a GPU), "lite" (small networks on
         real volumes, two cores: hours), "laptop" (what is made at 24 x 64 x 64: minutes), "glance" (less of
-        it, at 16 x 48 x 48), or "auto": "laptop" on "phantom", "implants" and "medseg2", else "lite".
+        it, at 16 x 48 x 48), or "auto": see `AUTO`.
 
     Raises
     ------
     ConfigError
         For an unknown recipe or field, or a value of the wrong type.
     """
-    return from_recipe(GasnetConfig, RECIPES, values)
+    return from_recipe(GasnetConfig, RECIPES, values, AUTO)
 
 
 def ablation(values: dict, names: list[str]) -> dict[str, GasnetConfig]:

@@ -11,8 +11,9 @@ from covidnb.nets import InfNet
 from covidnb.slices import list_slices, read_image
 from covidnb.training import ensemble
 from covidnb.training.ensemble import EnsembleConfig, average_maps, evaluate, sharpened
-from covidnb.training.infnet import load_network, predict_slices
+from covidnb.training.infnet import load_network, predict_slices, split_slices
 from covidnb.training.run import ConfigError, Run
+from covidnb.training.semi_infnet import plan
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,20 @@ def test_mean_of_networks_is_scored(data, weights, tmp_path):
     np.testing.assert_allclose(stored, 255 * (maps[0][1] + maps[1][1]) / 2, atol=0.51)
     result = json.loads((tmp_path / "metrics.json").read_text())
     assert result["slices"] == {"evaluated": 2} and 0 <= result["scores"]["meanDic"] <= 1
+
+
+def test_teachers_label_the_pool_for_a_student(data, weights, tmp_path):
+    make_slices(data, "TrainingSet/LungInfection-Train/Pseudo-label", ["c_1", "c_2", "c_3"])
+    ensemble.main([str(tmp_path), weights[0], "--data", str(data), "--pool", "--sharpen", "2"])
+    pool = list_slices(data, "pseudo")
+    (mine,) = predict_slices(load_network(weights[0])[0], pool[1:2], 64)
+    labels = tmp_path / "labels"
+    np.testing.assert_allclose(read_image(labels / "c_2.png"), 255 * sharpened(mine, 2), atol=0.51)
+    assert "scores" not in json.loads((tmp_path / "metrics.json").read_text())
+    student = plan({"data": str(data), "start": weights[0], "labels": str(labels)}, tmp_path)
+    assert list(student) == ["pseudo", "doctor"]
+    learnt, _ = split_slices(student["pseudo"])
+    assert [f.mask.parent for f in learnt] == [labels] * 3
 
 
 def test_slices_that_were_learnt_are_not_scored(data, weights, tmp_path):

@@ -1,6 +1,7 @@
 """Several trained networks as one: their maps averaged, over a slice's mirror images too if asked for.
 
-`python -m covidnb.training.ensemble RUN_FOLDER WEIGHTS... --data covid-semiseg --flips`
+`python -m covidnb.training.ensemble RUN_FOLDER WEIGHTS... --data covid-semiseg --flips` scores them; with
+`--pool` they label the unlabelled slices, for a Semi-Inf-Net to learn from.
 """
 
 import argparse
@@ -13,14 +14,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from covidnb.metrics import null_nan
-from covidnb.slices import read_image, training_split
-from covidnb.training.infnet import (
-    load_network,
-    predict_greys,
-    refuse_learnt,
-    score,
-    write_predictions,
-)
+from covidnb.slices import list_slices, read_image, semiseg_root, training_split
+from covidnb.training.infnet import load_network, predict_greys, refuse_learnt, score, write_map
 from covidnb.training.positions import mean_of_positions, positions
 from covidnb.training.run import ConfigError, Run, versions
 
@@ -39,6 +34,8 @@ class EnsembleConfig:
     """"phantom", "covid-semiseg", or a folder in the COVID-SemiSeg layout."""
     fold: int | None = None
     """The training fold that is scored, and that no network has learnt from; None: the test part."""
+    pool: bool = False
+    """Label the unlabelled slices, in place of a score; `fold` is then one that no teacher may know."""
 
     def __post_init__(self):
         if not self.weights:
@@ -61,7 +58,10 @@ def average_maps(net: nn.Module, greys: list[np.ndarray], size: int, flips: bool
 
 
 def evaluate(config: EnsembleConfig, out: str | Path) -> Run:
-    """Score the averaged maps of trained networks in a run folder: config, predictions/ and metrics.json.
+    """Average the maps of trained networks: score them on held-out slices, or label the unlabelled ones.
+
+    The run folder gets config.json, metrics.json and NAME.png of each slice: in predictions/, or, of the
+    unlabelled slices, in labels/, which `-p labels` of the run semi_infnet takes.
 
     Raises
     ------
@@ -69,17 +69,24 @@ def evaluate(config: EnsembleConfig, out: str | Path) -> Run:
         Where weights cannot be used, or a network has learnt from the fold that is to be scored.
     """
     run = Run(out, config)
-    _, held_out = training_split(config.data, config.fold)
-    greys = [read_image(f.image) for f in held_out]
-    sums = [np.zeros(grey.shape, np.float32) for grey in greys]
-    for path in tqdm(config.weights, unit="network"):
-        net, theirs = load_network(path)
+    networks = [load_network(path) for path in config.weights]
+    for path, (_, theirs) in zip(config.weights, networks, strict=True):
         refuse_learnt("weights", path, theirs, config.data, config.fold)
-        for total, one in zip(sums, average_maps(net, greys, theirs.size, config.flips), strict=True):
-            total += one
-    maps = [sharpened(total / len(config.weights), config.sharpen) for total in sums]
-    write_predictions(run.folder / "predictions", held_out, maps)
-    result = {"scores": null_nan(score(maps, held_out)), "slices": {"evaluated": len(held_out)}}
+    folder = run.folder / ("labels" if config.pool else "predictions")
+    if config.pool:
+        files = list_slices(semiseg_root(config.data), "pseudo")
+    else:
+        _, files = training_split(config.data, config.fold)
+    maps = []
+    for f in tqdm(files, unit="slice"):
+        each = [average_maps(net, [read_image(f.image)], c.size, config.flips)[0] for net, c in networks]
+        one = sharpened(np.mean(each, axis=0), config.sharpen)
+        write_map(folder / f"{f.name}.png", one)
+        if not config.pool:
+            maps.append(one)
+    result = {"slices": {"labelled": len(files)}}
+    if not config.pool:
+        result = {"scores": null_nan(score(maps, files)), "slices": {"evaluated": len(files)}}
     run.write_json("metrics.json", result | {"seconds": 0, "versions": versions()})
     return run
 
@@ -93,12 +100,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("weights", nargs="+", help="weights.safetensors of finished runs")
     parser.add_argument("--data", default=EnsembleConfig.data, help="phantom, covid-semiseg or a folder")
     parser.add_argument("--fold", type=int, help="training fold to score, instead of the test part")
+    parser.add_argument("--pool", action="store_true", help="label the unlabelled slices, score nothing")
     parser.add_argument("--flips", action="store_true", help="average over a slice's eight positions too")
     parser.add_argument("--sharpen", type=float, default=1.0, help="factor of the averaged map's logits")
     asked = vars(parser.parse_args(argv))
     out, weights = asked.pop("out"), tuple(asked.pop("weights"))
     run = evaluate(EnsembleConfig(weights, **asked), out)
-    scores = json.loads((run.folder / "metrics.json").read_text())["scores"]
+    told = json.loads((run.folder / "metrics.json").read_text())
+    scores = told.get("scores", told["slices"])
     print(json.dumps({name: value for name, value in scores.items() if name != "per_slice"}, indent=2))
 
 

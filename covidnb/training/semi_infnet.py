@@ -129,9 +129,10 @@ def plan(values: dict, out: str | Path) -> dict[str, InfNetConfig | PropagationC
     ----------
     values : dict
         "recipe" as in `infnet.configure`; "start": weights of an Inf-Net that is there already, or empty to
-        train one first ("infnet"); "labels": "own", or "authors" for the data set's pseudo-labels, which need
-        no propagation; "infnet", "propagation", "pseudo", "doctor": fields of one stage alone; the rest are
-        fields of all of them, such as data, fold, seed and precision.
+        train one first ("infnet"); "labels": "own", "authors" for the data set's pseudo-labels, or a folder
+        of them (`covidnb.training.ensemble` with `--pool` writes one), which need no propagation; "infnet",
+        "propagation", "pseudo", "doctor": fields of one stage alone; the rest are fields of all of them, such
+        as data, fold, seed and precision.
     out : str or Path
 
     Raises
@@ -143,17 +144,18 @@ def plan(values: dict, out: str | Path) -> dict[str, InfNetConfig | PropagationC
     names = ("infnet", "propagation", "pseudo", "doctor")
     own = {name: dict(values.pop(name, {})) for name in names}
     recipe, start, labels = (values.pop(name) for name in ("recipe", "start", "labels"))
-    if labels not in ("own", "authors"):
-        raise ConfigError(f"parameter 'labels' must be 'own' or 'authors', got {labels!r}")
+    if labels not in ("own", "authors") and not Path(labels).is_dir():
+        raise ConfigError(f"parameter 'labels' must be 'own', 'authors' or a folder of maps, got {labels!r}")
     weights = {name: str(Path(out) / name / "weights.safetensors") for name in names}
     own["propagation"] |= {"start": start or weights["infnet"]}
     own["pseudo"] |= {"part": "pseudo"}
-    if labels == "own":
-        own["pseudo"] |= {"labels": str(Path(out) / "propagation" / "labels")}
+    if labels != "authors":
+        propagated = Path(out) / "propagation" / "labels"
+        own["pseudo"] |= {"labels": str(propagated if labels == "own" else labels)}
     own["doctor"] |= {"start": weights["pseudo"]}
     configs = {}
     for name in names:
-        if name == "infnet" and start or name == "propagation" and labels == "authors":
+        if name == "infnet" and start or name == "propagation" and labels != "own":
             continue
         fields = values | STAGES.get(recipe, {}).get(name, {}) | own[name]
         if name == "propagation":

@@ -57,10 +57,12 @@ def test_an_unfinished_run_is_named(tmp_path):
 
 def test_a_run_on_volumes_keeps_the_dice_of_each_on_both_grids(tmp_path):
     folder = finished(tmp_path / "volumes", 0.5)
-    rows = [{"name": "v1", "grid": "crop", "Dice": 0.61234}, {"name": "v1", "grid": "scan", "Dice": None}]
+    shares = {"name": "v1", "share_found": 5.43216, "share_true": 4.0}
+    rows = [shares | {"grid": "crop", "Dice": 0.61234}, shares | {"grid": "scan", "Dice": None}]
     means = {grid: {"mean": {"Dice": 0.61234}, "missed": 0} for grid in ("crop", "scan")}
     metrics = {"scores": means | {"per_volume": rows}, "seconds": 1, "versions": {}}
     (folder / "metrics.json").write_text(json.dumps(metrics))
     kept = record_runs.entry(folder)
-    assert kept["volumes"] == {"v1": {"crop": 0.6123, "scan": None}} and "slices" not in kept
+    expected = {"crop": 0.6123, "scan": None, "share_found": 5.4322, "share_true": 4.0}
+    assert kept["volumes"] == {"v1": expected} and "slices" not in kept
     assert kept["scores"] == {grid: {"mean": {"Dice": 0.6123}, "missed": 0} for grid in ("crop", "scan")}

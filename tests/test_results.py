@@ -78,13 +78,16 @@ def test_volume_rows_are_compared_seed_by_seed(records):
 
 
 def test_every_held_out_volume_has_its_row(records):
+    def scored(dice, found):
+        return {"crop": 0.1, "scan": dice, "share_found": found, "share_true": 4.0}
+
     runs = [
-        {"name": "gasnet-seed0", "volumes": {"b": {"crop": 0.1, "scan": 0.5}, "a": {"scan": 0.25}}},
-        {"name": "alone-seed0", "volumes": {"a": {"scan": 0.125}}},
+        {"name": "gasnet-seed0", "volumes": {"b": scored(0.5, 5.5), "a": scored(0.25, 7.25)}},
+        {"name": "alone-seed0", "volumes": {"a": scored(0.125, 9.0)}},
     ]
     (results.RECORDS / "volumes.json").write_text(json.dumps(runs))
     table = rows(results.held_out_table("volumes", {"alone": "Alone", "gasnet": "GASNet"}))
-    assert table[2:] == [["a", ".125", ".250"], ["b", "", ".500"]]
+    assert table[2:] == [["a", ".125", ".250", "7.2", "4.0"], ["b", "", ".500", "5.5", "4.0"]]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "data" / "results").glob("*.json")), ids=lambda p: p.stem)

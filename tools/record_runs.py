@@ -45,10 +45,12 @@ def by_slice(scores: dict) -> dict[str, list[float]]:
 
 
 def by_volume(scores: dict) -> dict[str, dict[str, float]]:
-    """Volume to its Dice on each grid, "crop" and "scan"; None in a volume without lesions."""
+    """Volume to its Dice on each grid, "crop" and "scan" (None in a volume without lesions), and to the shares
+    of the lungs that were found and are lesion, in percent, on the last of them."""
     volumes: dict[str, dict] = {}
     for row in scores["per_volume"]:
-        volumes.setdefault(row["name"], {})[row["grid"]] = rounded(row.get("Dice"))
+        shares = {name: rounded(row[name]) for name in ("share_found", "share_true")}
+        volumes.setdefault(row["name"], {}).update({row["grid"]: rounded(row.get("Dice"))} | shares)
     return volumes
 
 

@@ -67,7 +67,7 @@ def test_table(name: str, titles: dict[str, str], published: tuple[str, ...]) ->
     titles : group to the name of its row, in their order.
     published : rows of `PUBLISHED`.
     """
-    lines = [f"| | {' | '.join(SCORES.values())} | runs | minutes each |", "| --- |" + " --- |" * 9]
+    lines = [f"| | {' | '.join(SCORES.values())} | runs | minutes of its last stage |", "| --- |" + " --- |" * 9]
     for row in published:
         figures = " | ".join(cell([value]) for value in PUBLISHED[row])
         lines.append(f"| *{row}* | {figures} | | |")
@@ -144,7 +144,7 @@ def _class_figures(scores: list[dict]) -> str:
 
 
 def held_out_table(name: str, titles: dict[str, str]) -> Markdown:
-    """Dice on the scan of each held-out volume, a column for each group of runs.
+    """Dice on the scan of each held-out volume, a column for each group of runs; shares of the last group.
 
     Parameters
     ----------
@@ -152,14 +152,18 @@ def held_out_table(name: str, titles: dict[str, str]) -> Markdown:
     titles : group to the name of its column, in their order.
     """
     groups = record(name)
-    dices: dict[str, dict[str, float]] = {}
+    rows: dict[str, dict[str, dict]] = {}
     for group in titles:
         for run in groups.get(group, ()):
-            for volume, dice in run["volumes"].items():
-                dices.setdefault(volume, {})[group] = dice["scan"]
-    lines = [f"| | {' | '.join(titles.values())} |", "| --- |" + " --- |" * len(titles)]
-    for volume, row in sorted(dices.items()):
-        lines.append(f"| {volume} | {' | '.join(cell([row[g]]) if g in row else '' for g in titles)} |")
+            for volume, scores in run["volumes"].items():
+                rows.setdefault(volume, {})[group] = scores
+    last = list(titles)[-1]
+    heads = f"{' | '.join(titles.values())} | {titles[last]} marks, % of the lungs | true"
+    lines = [f"| | {heads} |", "| --- |" + " --- |" * (len(titles) + 2)]
+    for volume, row in sorted(rows.items()):
+        dices = [cell([row[group]["scan"]]) if group in row else "" for group in titles]
+        shares = [f"{row[last][key]:.1f}" for key in ("share_found", "share_true")]
+        lines.append(f"| {volume} | {' | '.join(dices + shares)} |")
     return Markdown("\n".join(lines))
 
 

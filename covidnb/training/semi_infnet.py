@@ -120,6 +120,8 @@ STAGES = {
     },
 }
 """What the stages of Semi-Inf-Net set beside the Inf-Net recipe of the same name."""
+AUTO = {"phantom": "glance"}
+"""What recipe "auto" is, by data; "lite" elsewhere."""
 
 
 def plan(values: dict, out: str | Path) -> dict[str, InfNetConfig | PropagationConfig]:
@@ -128,7 +130,7 @@ def plan(values: dict, out: str | Path) -> dict[str, InfNetConfig | PropagationC
     Parameters
     ----------
     values : dict
-        "recipe" as in `infnet.configure`; "start": weights of an Inf-Net that is there already, or empty to
+        "recipe" as in `infnet.configure`, but see `AUTO`; "start": weights of an Inf-Net that is there already, or empty to
         train one first ("infnet"); "labels": "own", "authors" for the data set's pseudo-labels, or a folder
         of them (`covidnb.training.ensemble` with `--pool` writes one), which need no propagation; "infnet",
         "propagation", "pseudo", "doctor": fields of one stage alone; the rest are fields of all of them, such
@@ -140,7 +142,7 @@ def plan(values: dict, out: str | Path) -> dict[str, InfNetConfig | PropagationC
     ConfigError
         For what no stage knows.
     """
-    values = {"start": "", "labels": "own"} | values | {"recipe": recipe_of(values)}
+    values = {"start": "", "labels": "own"} | values | {"recipe": recipe_of(values, AUTO)}
     names = ("infnet", "propagation", "pseudo", "doctor")
     own = {name: dict(values.pop(name, {})) for name in names}
     recipe, start, labels = (values.pop(name) for name in ("recipe", "start", "labels"))

@@ -45,8 +45,10 @@ def by_slice(scores: dict) -> dict[str, list[float]]:
 
 
 def by_volume(scores: dict) -> dict[str, dict[str, float]]:
-    """Volume to its Dice on each grid, "crop" and "scan" (None in a volume without lesions), and to the shares
-    of the lungs that were found and are lesion, in percent, on the last of them."""
+    """Volume to its Dice on each grid, "crop" and "scan", and to what was found and is lesion on the last.
+
+    Dice is None in a volume without lesions; the shares are in percent of the lungs.
+    """
     volumes: dict[str, dict] = {}
     for row in scores["per_volume"]:
         shares = {name: rounded(row[name]) for name in ("share_found", "share_true")}

@@ -67,7 +67,8 @@ def test_table(name: str, titles: dict[str, str], published: tuple[str, ...]) ->
     titles : group to the name of its row, in their order.
     published : rows of `PUBLISHED`.
     """
-    lines = [f"| | {' | '.join(SCORES.values())} | runs | minutes of its last stage |", "| --- |" + " --- |" * 9]
+    heads = f"{' | '.join(SCORES.values())} | runs | minutes of the last stage"
+    lines = [f"| | {heads} |", "| --- |" + " --- |" * (len(SCORES) + 2)]
     for row in published:
         figures = " | ".join(cell([value]) for value in PUBLISHED[row])
         lines.append(f"| *{row}* | {figures} | | |")

@@ -130,9 +130,9 @@ def plan(values: dict, out: str | Path) -> dict[str, InfNetConfig | PropagationC
     Parameters
     ----------
     values : dict
-        "recipe" as in `infnet.configure`, but see `AUTO`; "start": weights of an Inf-Net that is there already,
-        or empty to train one first ("infnet"); "labels": "own", "authors" for the data set's pseudo-labels, or
-        a folder of them (`covidnb.training.ensemble` with `--pool` writes one), which need no propagation;
+        "recipe" as in `infnet.configure`, but see `AUTO`; "start": weights of an Inf-Net that is there,
+        or empty to train one first ("infnet"); "labels": "own", "authors" for the data set's pseudo-labels,
+        or a folder of them (`covidnb.training.ensemble` with `--pool` writes one), which need no propagation;
         "infnet", "propagation", "pseudo", "doctor": fields of one stage alone; the rest are fields of all of
         them, such as data, fold, seed and precision.
     out : str or Path

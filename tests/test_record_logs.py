@@ -6,10 +6,8 @@ import record_logs
 
 
 def test_rows_of_all_runs_under_their_names(tmp_path):
-    for name, log in {
-        "a-seed0": "step,share,loss\n50,0.25,9\n100,0.123456,8\n",
-        "b-seed0": "step\n50\n",
-    }.items():
+    logs = {"a-seed0": "step,share,loss\n50,0.25,9\n100,0.123456,8\n", "b-seed0": "step\n50\n"}
+    for name, log in logs.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "log.csv").write_text(log)
     record = tmp_path / "logs.csv"

@@ -235,6 +235,7 @@ _ALONE = _NO_GAME | {"paste": 0.0, "multiple_instance": 0.0}
 ABLATION = {
     "labelled": _ALONE | {"healthy": 0.0},
     "healthy": _ALONE,
+    "game": {"paste": 0.0, "multiple_instance": 0.0},
     "no game": _NO_GAME,
     "no original_to_d": {"original_to_d": 0.0},
     "no generated_to_d": {"generated_to_d": 0.0},
@@ -244,7 +245,8 @@ ABLATION = {
     "gasnet": {},
 }
 """GASNet and less of it: what differs from the config. "labelled": S learns from the labelled volume alone;
-"healthy": and that nothing is lesion in healthy volumes; "no game": without G and D; then without a term."""
+"healthy": and that nothing is lesion in healthy volumes; "game": and the game with G and D, without the terms
+that trust the masks of S; "no game": all terms of S, without G and D; then without a term."""
 
 
 def configure(values: dict) -> GasnetConfig:

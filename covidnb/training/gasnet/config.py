@@ -245,8 +245,8 @@ ABLATION = {
     "gasnet": {},
 }
 """GASNet and less of it: what differs from the config. "labelled": S learns from the labelled volume alone;
-"healthy": and that nothing is lesion in healthy volumes; "game": and the game with G and D, without the terms
-that trust the masks of S; "no game": all terms of S, without G and D; then without a term."""
+"healthy": and that nothing is lesion in healthy volumes; "game": and the game, without paste and multiple
+instance; "no game": all terms of S, without G and D; then without a term."""
 
 
 def configure(values: dict) -> GasnetConfig:

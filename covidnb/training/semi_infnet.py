@@ -102,7 +102,8 @@ STAGES = {
     "paper": {"propagation": {}, "pseudo": {}, "doctor": {}},
     "lite": {
         "propagation": {"strategy": "incremental", "per_round": 40, "replay": 60, "epochs": 1, "size": 256}
-        | {"lr": 1e-4, "augment": True},
+        # the doctor's 50 real slices were chosen for their lesions: a pool of whole scans holds less
+        | {"lr": 1e-4, "augment": True, "share_limits": [0.05, 1.0]},
         "pseudo": {"scales": [1.0], "epochs": 4, "drop_epoch": 3},
         "doctor": {"epochs": 30, "drop_epoch": 24},
     },
@@ -211,7 +212,8 @@ def check_drift(history: list[dict], doctor_share: float, limits: tuple[float, .
         raise Drift(
             f"round {number}: the labels have {what}. The last {RECENT} hold {recent:.1%} lesion on average, "
             f"the doctor's {doctor_share:.1%}; allowed is {low:.1%} to {high:.1%}. Start anew from a better "
-            "network, with a lower 'lr' or fewer 'epochs', or widen 'share_limits' if the pool is like that"
+            "network, with a lower 'lr' or fewer 'epochs'; let trained networks label the pool at once "
+            "(covidnb.training.ensemble --pool); or widen 'share_limits' if the pool is like that"
         )
 
 

@@ -139,6 +139,17 @@ def test_citations_are_in_the_bibliography(path):
 
 
 @all_notebooks
+def test_a_named_figure_is_all_that_its_cell_shows(path):
+    """A table behind it would get the figure's name, too, and the book stops at a name that stands twice."""
+    for cell in cells(path, "code"):
+        if "name" in cell.metadata.get("mystnb", {}).get("figure", {}):
+            last = ast.parse(cell.source).body[-1]
+            shows = isinstance(last, ast.Expr) and not ast.unparse(last).startswith(("print(", "plt.show("))
+            said = f"{cell.id}: end its last line with ';', or move it to a cell of its own"
+            assert not shows or cell.source.rstrip().endswith(";"), said
+
+
+@all_notebooks
 def test_figures_are_described(path):
     for cell in cells(path, "code"):
         if draws(cell):

@@ -72,6 +72,16 @@ def test_bf16_keeps_probabilities_apart():
     assert 0.99 < probability.max() < 1
 
 
+def test_baselines_are_left_in_float32():
+    """Autocast would round their logits to eight bits; and MONAI's U-Net learns NaN in bf16."""
+    net = volume_segmenter("unet3d", 4).eval()
+    x = volume(16, 32, 32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        half = net(x)
+    with torch.no_grad():
+        torch.testing.assert_close(half, net(x), atol=0, rtol=0)
+
+
 @pytest.mark.parametrize("name", ["unet3d", "vnet"])
 @torch.no_grad()
 def test_baselines_take_what_the_segmenter_takes(name):

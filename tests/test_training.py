@@ -26,7 +26,7 @@ from covidnb.training import infnet
 from covidnb.training import run as run_module
 from covidnb.training.infnet import InfNetConfig, load_network, predict_slices, split_slices, train
 from covidnb.training.loop import JointBatches, has_stalled
-from covidnb.training.run import ConfigError, Run, notebook_parameters, parse_config
+from covidnb.training.run import ConfigError, Run, check_finite, notebook_parameters, parse_config
 from covidnb.training.threshold import GreyBand
 
 
@@ -91,6 +91,12 @@ class TestConfig:
     def test_notebook_parameters_are_its_plain_values(self):
         names = {"data": "x", "epochs": 3, "_hidden": 1, "In": [], "Out": {}, "Path": Path, "fold": None}
         assert notebook_parameters(names) == {"data": "x", "epochs": 3, "fold": None}
+
+
+def test_a_loss_that_is_no_number_is_refused():
+    check_finite({"total": 1.0}, "epoch 1")
+    with pytest.raises(ConfigError, match="epoch 7: the loss 'edge' is inf.*precision 32-true"):
+        check_finite({"total": 1.0, "edge": float("inf")}, "epoch 7")
 
 
 class TestRunFolder:

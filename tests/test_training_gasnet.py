@@ -309,6 +309,19 @@ def test_the_discriminator_judges_every_volume(tiny, root, tmp_path):
         verdicts(alone)
 
 
+def test_a_loss_that_is_no_number_stops_before_the_checkpoint(tiny, tmp_path, monkeypatch):
+    step = Game.step
+
+    def ruined(self, number, batches):
+        seen = step(self, number, batches)
+        return seen | {"labelled": torch.tensor(torch.nan)} if number == 3 else seen
+
+    monkeypatch.setattr(Game, "step", ruined)
+    with pytest.raises(ConfigError, match="step 4: the loss 'labelled' is nan.*lower learning rate"):
+        train(tiny, tmp_path)
+    assert [row["step"] for row in Run(tmp_path, tiny).load_checkpoint()["history"]] == [2]
+
+
 def test_scan_no_longer_there_is_no_fault(tiny, root, tmp_path, monkeypatch):
     """Scores and masks are then the volume's own; a healthy volume has a share and no Dice."""
     import covidnb.volumes

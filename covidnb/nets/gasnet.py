@@ -191,7 +191,8 @@ class Discriminator(nn.Module):
 class Padded(nn.Module):
     """A network of logits behind the segmenter's interface: any size in, probabilities of that size out.
 
-    The volume is padded by its border to multiples of 16, which four halvings need, and cut back.
+    The volume is padded by its border to multiples of 16, which four halvings need, and cut back. Autocast is
+    off inside: in bf16 on a CPU the weights of MONAI's U-Net are NaN within ten steps.
     """
 
     def __init__(self, net: nn.Module):
@@ -202,8 +203,9 @@ class Padded(nn.Module):
         check_volume(x, (1, 1, 1), "this network")
         depth, height, width = x.shape[2:]
         after = [(0, -n % 16) for n in (width, height, depth)]
-        logits = self.net(F.pad(x, [n for pair in after for n in pair], mode="replicate"))
-        return torch.sigmoid(full_precision(logits[:, :, :depth, :height, :width]))
+        with torch.autocast(x.device.type, enabled=False):
+            padded = F.pad(full_precision(x), [n for pair in after for n in pair], mode="replicate")
+            return torch.sigmoid(self.net(padded)[:, :, :depth, :height, :width])
 
 
 def volume_segmenter(name: str = "gasnet", width: int | None = None) -> nn.Module:

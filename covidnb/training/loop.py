@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
-from covidnb.training.run import ConfigError, Run, check_positive, parse_config
+from covidnb.training.run import ConfigError, Run, check_finite, check_positive, parse_config
 
 
 @dataclass(frozen=True)
@@ -328,6 +328,7 @@ def fit(fabric: Fabric, run: Run, task: Task) -> tuple[nn.Module, list[dict]]:
             net.train()
             terms = mean_terms(task.steps(fabric, net, optimizer, loader), progress)
             terms = {name: float(fabric.all_reduce(value)) for name, value in terms.items()}
+            check_finite(terms, f"epoch {epoch + 1}")
             row = {"epoch": epoch + 1, "lr": config.learning_rate(epoch)} | terms
             row["seconds"] = round(time.perf_counter() - started, 2)
             picture = None

@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import io
 import json
+import math
 import platform
 import types
 import typing
@@ -129,6 +130,22 @@ def from_recipe(kind: type, recipes: dict[str, dict], values: dict, auto: dict[s
     if recipe not in recipes:
         raise ConfigError(f"parameter 'recipe' must be 'auto' or one of {', '.join(recipes)}, got {recipe!r}")
     return parse_config(kind, recipes[recipe] | {k: v for k, v in values.items() if k != "recipe"})
+
+
+def check_finite(terms: dict[str, float], when: str) -> None:
+    """Refuse losses that are no numbers, before a checkpoint keeps the weights that made them.
+
+    Raises
+    ------
+    ConfigError
+        Naming the term, and what to change.
+    """
+    for name, value in terms.items():
+        if not math.isfinite(value):
+            raise ConfigError(
+                f"{when}: the loss {name!r} is {value}, and the weights are lost; the last checkpoint is from "
+                "before. Begin a new run folder with a lower learning rate, or with precision 32-true"
+            )
 
 
 def variants(configure: Callable, differences: dict[str, dict], values: dict, names: list[str]) -> dict:

@@ -33,7 +33,7 @@ from covidnb.training.infnet import (
     write_map,
 )
 from covidnb.training.loop import JointBatches, command_line, mean_terms, memory_advice, start_fabric
-from covidnb.training.run import ConfigError, Run, check_positive, parse_config, recipe_of
+from covidnb.training.run import ConfigError, Run, check_finite, check_positive, parse_config, recipe_of
 
 RECENT = 20  # slices over which the share of lesion in new labels is judged
 
@@ -329,7 +329,9 @@ class _Propagation:
                 self.slices.set_epoch(epoch)
                 net.train()
                 terms = mean_terms(steps(self.learning, self.fabric, net, optimizer, loader), progress)
-        return {name: float(term) for name, term in terms.items()}
+        terms = {name: float(term) for name, term in terms.items()}
+        check_finite(terms, f"round {number + 1}")
+        return terms
 
     def watch(self, number: int) -> None:
         """Keep what the network now makes of the slices that it labels last."""

@@ -43,7 +43,7 @@ from covidnb.training.gasnet.game import (
 )
 from covidnb.training.gasnet.verdicts import verdicts
 from covidnb.training.loop import command_line, memory_advice, start_fabric
-from covidnb.training.run import ConfigError, Run, parse_config, read_weights
+from covidnb.training.run import ConfigError, Run, check_finite, parse_config, read_weights
 from covidnb.training.volume_evaluation import evaluate_volumes, mean_dice
 
 __all__ = [
@@ -132,7 +132,9 @@ def fit(fabric: Fabric, run: Run, pools: dict[str, Dataset]) -> tuple[nn.Module,
             progress.update()
             if (step + 1) % config.log_every and step + 1 < config.steps:
                 continue
-            row = {"step": step + 1} | {name: float(total / count) for name, (total, count) in sums.items()}
+            terms = {name: float(total / count) for name, (total, count) in sums.items()}
+            check_finite(terms, f"step {step + 1}")
+            row = {"step": step + 1} | terms
             row["seconds"] = round(time.perf_counter() - started, 2)
             if config.validate_every and (step + 1) % config.validate_every == 0:
                 row["Dice"] = mean_dice(game.segmenter, root_of(config))

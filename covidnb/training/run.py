@@ -143,8 +143,8 @@ def check_finite(terms: dict[str, float], when: str) -> None:
     for name, value in terms.items():
         if not math.isfinite(value):
             raise ConfigError(
-                f"{when}: the loss {name!r} is {value}, and the weights are lost; the last checkpoint is from "
-                "before. Begin a new run folder with a lower learning rate, or with precision 32-true"
+                f"{when}: the loss {name!r} is {value}, and the weights are lost; the last checkpoint is "
+                "from before. Begin a new run folder with a lower learning rate, or with precision 32-true"
             )
 
 

@@ -203,7 +203,7 @@ class Padded(nn.Module):
         check_volume(x, (1, 1, 1), "this network")
         depth, height, width = x.shape[2:]
         after = [(0, -n % 16) for n in (width, height, depth)]
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):
             padded = F.pad(full_precision(x), [n for pair in after for n in pair], mode="replicate")
             return torch.sigmoid(self.net(padded)[:, :, :depth, :height, :width])
 

@@ -21,7 +21,7 @@ SMALLEST = {
     "ablation": {"variants": ["decoder", "released schedule"], "epochs": 1, "size": 64, "scales": [1.0]}
     | {"batch": 16},
     "gasnet": {"recipe": "glance", "variants": ["labelled", "gasnet"], "steps": 2, "log_every": 1}
-    | {"size": [8, 32, 32]},
+    | {"size": [8, 32, 32], "precision": "32-true"},
     "infnet": {"data": "phantom", "epochs": 1, "size": 64, "scales": [1.0], "batch": 16},
     "multiclass": {"recipe": "glance", "epochs": 1, "infnet": {"epochs": 1, "size": 64}},
     "preprocess": {"size": [8, 32, 32], "jobs": 1},

@@ -192,7 +192,8 @@ class Padded(nn.Module):
     """A network of logits behind the segmenter's interface: any size in, probabilities of that size out.
 
     The volume is padded by its border to multiples of 16, which four halvings need, and cut back. Autocast is
-    off inside: in bf16 on a CPU the weights of MONAI's U-Net are NaN within ten steps.
+    off inside: where maps are two voxels deep, as they are below four halvings, torch 2.13's convolutions in
+    bf16 on a CPU give a NaN gradient now and then.
     """
 
     def __init__(self, net: nn.Module):

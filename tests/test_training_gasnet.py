@@ -436,7 +436,7 @@ def test_baselines_learn_by_the_same_loop(tiny, tmp_path, network):
 
 
 def test_bf16_learns_what_float32_does(tiny, tmp_path, monkeypatch):
-    """16 voxels deep: where maps are two deep, bf16 convolutions on a CPU give a NaN gradient now and then."""
+    """16 voxels deep: where maps are two deep, bf16 on a CPU gives a NaN gradient now and then."""
     monkeypatch.setenv("COVIDNB_CACHE", str(tmp_path))
     root, losses = phantom_volumes((16, 32, 32), covid=1, healthy=1, validation=1), []
     for precision in ("32-true", "bf16-mixed"):

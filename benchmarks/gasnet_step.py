@@ -81,11 +81,9 @@ def main() -> None:
             return sum(float(config.weight(name, 0) * seen[name].detach()) for name in TERMS if name in seen)
 
         steps.append(step)
-    title, heads = (
-        f"{' x '.join(map(str, shape))}, batch 1",
-        ("seconds an iteration", "first loss of S and G"),
-    )
-    print_ratios(title, heads, [name for name, *_ in VARIANTS], steps, asked.rounds)
+    title = f"{' x '.join(map(str, shape))}, batch 1"
+    names = [name for name, *_ in VARIANTS]
+    print_ratios(title, ("seconds an iteration", "first loss of S and G"), names, steps, asked.rounds)
 
 
 if __name__ == "__main__":

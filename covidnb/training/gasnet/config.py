@@ -110,7 +110,7 @@ class GasnetConfig:
     ema: float = 0.999
     """Decay of the running mean of S's weights; the mean is what is scored and kept."""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    """Arithmetic of the forward pass; volumes under 16 deep need 32-true on a CPU, see `nets.gasnet.Padded`."""
+    """Arithmetic of the forward pass; on a CPU, volumes under 16 deep need 32-true: see `Padded`."""
     log_every: int = 500
     """Steps between rows of the log, each with a picture and a checkpoint."""
     validate_every: int = 0

@@ -1,12 +1,14 @@
 """A scan in; its lesion mask, on its own grid, and the infected share of its lungs out.
 
-`python -m covidnb.predict SCAN OUT_DIR --weights runs/infnet/weights.safetensors`
+`python -m covidnb.predict SCAN OUT_DIR --weights runs/infnet/weights.safetensors`. Several networks are
+averaged; `--classes` names a multi-class network, which calls lesions ground glass or consolidation.
 """
 
 import argparse
 import hashlib
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,24 +21,26 @@ from covidnb.files import whole
 from covidnb.lungs import segment_lungs
 from covidnb.metrics import infected_share
 from covidnb.slices import lung_slices
-from covidnb.training.infnet import load_network, predict_greys
+from covidnb.slices.multiclass import CLASSES
+from covidnb.training import multiclass
+from covidnb.training.infnet import InfNetConfig, load_network, predict_greys
 from covidnb.training.run import ConfigError, versions
 
 BATCH = 8  # slices that go through the network at once
+Networks = list[tuple[nn.Module, InfNetConfig]]
 THRESHOLD = 0.5  # a voxel is lesion from this probability on
 
 
-def lesion_probability(net: nn.Module, ct: sitk.Image, lungs: sitk.Image, size: int) -> np.ndarray:
-    """Run a slice network over a scan, slice by slice, as it was trained: lung window, cropped to the lungs.
+def lesion_probability(networks: Networks, ct: sitk.Image, lungs: sitk.Image) -> np.ndarray:
+    """Run slice networks over a scan as they were trained: slices in the lung window, cropped to the lungs.
 
     Parameters
     ----------
-    net : Module
-        Of `load_network`, in evaluation mode.
+    networks : list of (Module, config)
+        Of `covidnb.training.infnet.load_network`, each with the side, in pixels, that it was trained at;
+        their maps are averaged.
     ct, lungs : SimpleITK.Image
         LPS, in HU, and the lungs on the same grid.
-    size : int
-        The side, in pixels, that the network was trained at.
 
     Returns
     -------
@@ -48,13 +52,51 @@ def lesion_probability(net: nn.Module, ct: sitk.Image, lungs: sitk.Image, size: 
     slices = list(lung_slices(ct, lungs))
     for start in tqdm(range(0, len(slices), BATCH), desc="slices", unit=f"{BATCH} slices"):
         some = slices[start : start + BATCH]
-        maps = predict_greys(net, [grey for _, grey, _ in some], size)
-        for (z, _, box), one in zip(some, maps, strict=True):
-            probability[z][box] = one
+        greys = [grey for _, grey, _ in some]
+        each = [predict_greys(net, greys, config.size) for net, config in networks]
+        for (z, _, box), *maps in zip(some, *each, strict=True):
+            probability[z][box] = np.mean(maps, axis=0)
     return np.where(inside, probability, np.float32(0))
 
 
-def predict(scan: str | Path, out: str | Path, weights: str | Path, **how_stored) -> dict:
+def lesion_classes(
+    network: tuple[nn.Module, multiclass.MultiClassConfig],
+    ct: sitk.Image,
+    lungs: sitk.Image,
+    prior: np.ndarray,
+) -> np.ndarray:
+    """Call each lung voxel background, ground glass or consolidation, slice by slice.
+
+    Parameters
+    ----------
+    network : (Module, config)
+        Of `covidnb.training.multiclass.load_network`.
+    ct, lungs : SimpleITK.Image
+        As in `lesion_probability`.
+    prior : (z, y, x) float32
+        What `lesion_probability` returned: where lesion is. A network that takes no prior does without.
+
+    Returns
+    -------
+    ndarray
+        (z, y, x) uint8: 0, or 1 for ground glass, 2 for consolidation; zero outside the lungs.
+    """
+    net, config = network
+    inside = sitk.GetArrayViewFromImage(lungs) > 0
+    classes = np.zeros(inside.shape, np.uint8)
+    for z, grey, box in tqdm(list(lung_slices(ct, lungs)), desc="classes", unit="slice"):
+        here = np.round(prior[z][box] * 255).astype(np.uint8) if config.takes_prior else None
+        classes[z][box] = multiclass.predict_slice(net, config, grey, here).argmax(0)
+    return np.where(inside, classes, np.uint8(0))
+
+
+def predict(
+    scan: str | Path,
+    out: str | Path,
+    weights: Sequence[str | Path],
+    classes: str | Path | None = None,
+    **how_stored,
+) -> dict:
     """Segment the lesions of a scan file or DICOM folder; write mask.nii.gz and report.json.
 
     Parameters
@@ -63,15 +105,19 @@ def predict(scan: str | Path, out: str | Path, weights: str | Path, **how_stored
         What `covidnb.ct.read_ct` reads.
     out : str or Path
         Folder for the results; made if missing.
-    weights : str or Path
-        weights.safetensors of a run.
+    weights : sequence of str or Path
+        weights.safetensors of runs on infection slices; several networks are averaged.
+    classes : str or Path, optional
+        weights.safetensors of a multi-class run. Its network has the last word then: the mask holds 1 for
+        ground glass and 2 for consolidation, with the average of `weights` as its prior.
     **how_stored
         Passed to `read_ct`: `series`, `stored_window`.
 
     Returns
     -------
     dict
-        The report: millilitres of lung and lesion, infected share in percent, what made it.
+        The report: millilitres of lung and lesion, of each class too if asked for, infected share in
+        percent, what made it.
 
     Raises
     ------
@@ -80,24 +126,37 @@ def predict(scan: str | Path, out: str | Path, weights: str | Path, **how_stored
     ConfigError
         Where the weights cannot.
     """
-    net, config = load_network(weights)
+    networks = [load_network(path) for path in weights]
+    namer = multiclass.load_network(classes) if classes else None
     ct = read_ct(scan, **how_stored)
     lungs = segment_lungs(ct)
-    lesions = (lesion_probability(net, ct, lungs, config.size) >= THRESHOLD).astype(np.uint8)
+    probability = lesion_probability(networks, ct, lungs)
+    if namer:
+        mask = lesion_classes(namer, ct, lungs, probability)
+    else:
+        mask = (probability >= THRESHOLD).astype(np.uint8)
     inside = sitk.GetArrayViewFromImage(lungs)
     voxel_ml = float(np.prod(ct.GetSpacing())) / 1000
+
+    def millilitres(voxels: np.ndarray) -> float:
+        return round(float(np.count_nonzero(voxels)) * voxel_ml, 1)
+
     report = {
         "scan": str(scan),
-        "lungs_ml": round(float(inside.sum()) * voxel_ml, 1),
-        "lesions_ml": round(float(lesions.sum()) * voxel_ml, 1),
-        "infected_share_percent": round(infected_share(lesions, inside), 2),
-        "threshold": THRESHOLD,
-        "weights_sha256": hashlib.sha256(Path(weights).read_bytes()).hexdigest(),
-        "trained_on": config.data,
+        "lungs_ml": millilitres(inside),
+        "lesions_ml": millilitres(mask),
+        "infected_share_percent": round(infected_share(mask > 0, inside), 2),
+        **({f"{name}_ml": millilitres(mask == k) for k, name in enumerate(CLASSES) if k} if namer else {}),
+        "threshold": None if namer else THRESHOLD,
+        "weights_sha256": {
+            str(path): hashlib.sha256(Path(path).read_bytes()).hexdigest()
+            for path in (*weights, *([classes] if classes else []))
+        },
+        "trained_on": sorted({config.data for _, config in [*networks, *([namer] if namer else [])]}),
         "versions": versions(),
         "warning": "Research and teaching only. Not for diagnosis.",
     }
-    write_like(lesions, ct, Path(out) / "mask.nii.gz")
+    write_like(mask, ct, Path(out) / "mask.nii.gz")
     with whole(Path(out) / "report.json") as part:
         part.write_text(json.dumps(report, indent=2) + "\n")
     return report
@@ -108,7 +167,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m covidnb.predict", description=__doc__.splitlines()[0])
     parser.add_argument("scan", help="DICOM folder, NIfTI, MHA or NRRD file")
     parser.add_argument("out", help="folder for mask.nii.gz and report.json")
-    parser.add_argument("--weights", required=True, help="weights.safetensors of a run")
+    parser.add_argument("--weights", nargs="+", required=True, help="weights.safetensors of one run or more")
+    parser.add_argument("--classes", help="weights.safetensors of a multi-class run: GGO 1, consolidation 2")
     parser.add_argument("--series", help="SeriesInstanceUID, where a DICOM folder holds several")
     parser.add_argument(
         "--stored-window", nargs=2, type=float, metavar=("LOW", "HIGH"), help="HU window of an 8-bit volume"
@@ -116,7 +176,9 @@ def main(argv: list[str] | None = None) -> int:
     asked = parser.parse_args(argv)
     window = tuple(asked.stored_window) if asked.stored_window else None
     try:
-        report = predict(asked.scan, asked.out, asked.weights, series=asked.series, stored_window=window)
+        report = predict(
+            asked.scan, asked.out, asked.weights, asked.classes, series=asked.series, stored_window=window
+        )
     except (CTError, ConfigError, OSError) as fault:
         print(f"error: {fault}", file=sys.stderr)
         return 2

@@ -8,10 +8,11 @@ import SimpleITK as sitk
 import torch
 
 from covidnb import predict as predict_module
-from covidnb.nets import InfNet
+from covidnb.nets import InfNet, MultiClassUNet
 from covidnb.phantom import chest
-from covidnb.predict import lesion_probability, main
+from covidnb.predict import lesion_classes, lesion_probability, main
 from covidnb.training.infnet import InfNetConfig
+from covidnb.training.multiclass import MultiClassConfig
 from covidnb.training.run import Run
 
 
@@ -46,12 +47,75 @@ class Bright(torch.nn.Module):
 
 def test_probability_lands_where_it_was_seen(patient):
     """Resized to the crop and back, a threshold on grey values is the same threshold on the scan."""
-    probability = lesion_probability(Bright(100).eval(), patient.ct, patient.lungs, 128)
+    probability = lesion_probability(
+        [(Bright(100).eval(), InfNetConfig(size=128))], patient.ct, patient.lungs
+    )
     inside = sitk.GetArrayFromImage(patient.lungs) > 0
     brighter = sitk.GetArrayFromImage(patient.ct) > -1250 + 1500 * 100 / 255
     assert probability[~inside].max() == 0
     found, wanted = (probability >= 0.5) & inside, brighter & inside
     assert 2 * (found & wanted).sum() / (found.sum() + wanted.sum()) > 0.8
+
+
+def test_maps_of_several_networks_are_averaged(patient):
+    one, other = ((Bright(grey).eval(), InfNetConfig(size=64)) for grey in (60, 140))
+    each = [lesion_probability([network], patient.ct, patient.lungs) for network in (one, other)]
+    both = lesion_probability([one, other], patient.ct, patient.lungs)
+    assert np.abs(each[0] - each[1]).max() > 0.5
+    np.testing.assert_allclose(both, np.mean(each, axis=0), atol=1e-6)
+
+
+class PriorReader(torch.nn.Module):
+    """A stand-in that names what its prior marks by brightness, and nothing else."""
+
+    def __init__(self, grey):
+        super().__init__()
+        self.grey = torch.nn.Parameter(torch.tensor(float(grey)))
+
+    def forward(self, x):
+        red, prior = (x[:, k : k + 1] * 0.229 + 0.485 for k in (0, 3))
+        dense = 100 * (red - self.grey / 255)
+        return torch.cat([1000 * (0.5 - prior), -dense, dense], dim=1)
+
+
+def test_classes_lie_where_the_prior_is(patient):
+    """The same grid for slice and prior: each voxel of the mask is named by its own grey value."""
+    inside = sitk.GetArrayFromImage(patient.lungs) > 0
+    prior = inside.astype(np.float32)
+    prior[:, : inside.shape[1] // 2] = 0
+    network = PriorReader(100).eval(), MultiClassConfig(size=128, flips=False)
+    classes = lesion_classes(network, patient.ct, patient.lungs, prior)
+    assert classes[~inside].max() == 0
+    found, wanted = classes > 0, prior > 0
+    assert 2 * (found & wanted).sum() / (found.sum() + wanted.sum()) > 0.95
+    brighter = sitk.GetArrayFromImage(patient.ct) > -1250 + 1500 * 100 / 255
+    found, wanted = classes == 2, brighter & wanted
+    assert 2 * (found & wanted).sum() / (found.sum() + wanted.sum()) > 0.8
+
+
+def test_classes_from_the_command_line(patient, weights, tmp_path, capsys):
+    """Two networks find, one names: the mask holds its classes, the report a figure for each."""
+    torch.manual_seed(0)
+    config = MultiClassConfig(network="unet", width=4, size=32)
+    run = Run(tmp_path / "run", config)
+    net = MultiClassUNet(6, 4)
+    list(net.parameters())[-1].data[0] = -10  # never background: there is something to count
+    run.save_weights(net)
+    scan, out = tmp_path / "scan.nii.gz", tmp_path / "out"
+    sitk.WriteImage(patient.ct, scan)
+    asked = [str(scan), str(out), "--weights", str(weights), str(weights), "--classes", str(run.weights_path)]
+    assert main(asked) == 0
+    report = json.loads(capsys.readouterr().out)
+    mask = sitk.ReadImage(out / "mask.nii.gz")
+    voxel_ml = np.prod(mask.GetSpacing()) / 1000
+    counts = np.bincount(sitk.GetArrayFromImage(mask).ravel(), minlength=3)
+    assert counts.size == 3 and counts[1:].any()
+    for name, count in zip(("GGO", "consolidation"), counts[1:], strict=True):
+        assert report[f"{name}_ml"] == pytest.approx(count * voxel_ml, abs=0.1)
+    assert report["lesions_ml"] == pytest.approx(counts[1:].sum() * voxel_ml, abs=0.1)
+    assert set(report["weights_sha256"]) == {str(weights), str(run.weights_path)}
+    assert main([*asked[:-1], str(weights)]) == 2
+    assert "knows no classes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("orientation", ["LPS", "RAI", "ASL"])

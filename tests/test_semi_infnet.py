@@ -174,11 +174,15 @@ def test_weights_are_an_infnet_and_labels_can_be_learnt_from(small, propagated, 
 
 @pytest.mark.slow
 def test_hard_labels_and_confident_order(small, tmp_path):
-    run = propagate(replace(small, soft=False, order="confident", pool=8), tmp_path)
+    run = propagate(replace(small, cut=0.5, order="confident", pool=8), tmp_path)
     doubt = log(run)["doubt"]
     assert len(doubt) == 2
     values = {v for p in (tmp_path / "labels").iterdir() for v in np.unique(np.asarray(Image.open(p)))}
     assert values == {0, 255}
+    higher = propagate(replace(small, cut=0.9, order="confident", pool=8), tmp_path / "higher")
+    assert log(higher)["share"][0] < log(run)["share"][0]
+    with pytest.raises(ConfigError, match="'cut' must lie between 0 and 1"):
+        replace(small, cut=1.0)
     # of its eight slices the first round took those that the start was surest of
     pool = {f.name: f for f in list_slices(semiseg_root(small.data), "pseudo")}
     net, config = load_network(small.start)
@@ -198,10 +202,10 @@ def test_drift_is_told_by_round():
     check_drift(rows, 0.1, (0.05, 4.0))
     check_drift(rows[:3], 1e-9, (0.05, 4.0))  # too few to judge
     empty = rows + [{"round": 5, "shares": [0.0] * 20}]
-    with pytest.raises(Drift, match="round 5: the labels have emptied"):
+    with pytest.raises(Drift, match="round 5: the labels have emptied.*a lower 'cut'"):
         check_drift(empty, 0.1, (0.05, 4.0))
     flood = rows + [{"round": 5, "shares": [0.9] * 20}]
-    with pytest.raises(Drift, match="flooded.*lower 'lr'"):
+    with pytest.raises(Drift, match="flooded.*a higher 'cut'"):
         check_drift(flood, 0.1, (0.05, 4.0))
 
 

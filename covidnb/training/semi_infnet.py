@@ -62,8 +62,9 @@ class PropagationConfig:
     """Each round learns from all labelled slices, or from the new ones and `replay` of the old."""
     replay: int = 45
     """Labelled slices, doctor's or pseudo, drawn anew each round to learn from beside the new ones."""
-    soft: bool = True
-    """Labels are probabilities, as in the data set's own; False: cut at 0.5."""
+    cut: float | None = None
+    """Label lesion what is above this probability, the rest not; None: labels are probabilities, as in the
+    data set's own. The overlap term of the loss pulls doubtful pixels up; a cut above 0.5 counters that."""
     epochs: int = 9
     """Passes over a round's slices (the released loop says ten and makes nine)."""
     size: int = 352
@@ -87,6 +88,8 @@ class PropagationConfig:
         check_positive(self, ("per_round", "epochs", "size", "batch"))
         if not self.start:
             raise ConfigError("parameter 'start' must name the weights.safetensors of a trained Inf-Net")
+        if self.cut is not None and not 0 < self.cut < 1:
+            raise ConfigError(f"parameter 'cut' must lie between 0 and 1, or be null, got {self.cut}")
         if len(self.share_limits) != 2 or not 0 <= self.share_limits[0] < self.share_limits[1]:
             raise ConfigError(f"parameter 'share_limits' needs two rising numbers, got {self.share_limits}")
 
@@ -102,8 +105,9 @@ STAGES = {
     "paper": {"propagation": {}, "pseudo": {}, "doctor": {}},
     "lite": {
         "propagation": {"strategy": "incremental", "per_round": 40, "replay": 60, "epochs": 1, "size": 256}
-        # the doctor's 50 real slices were chosen for their lesions: a pool of whole scans holds less
-        | {"lr": 1e-4, "augment": True, "share_limits": [0.05, 1.0]},
+        # the doctor's 50 real slices were chosen for their lesions: a pool of whole scans holds less; labels
+        # cut at 0.5 or not at all flooded it
+        | {"lr": 1e-4, "augment": True, "cut": 0.7, "share_limits": [0.05, 1.0]},
         "pseudo": {"scales": [1.0], "epochs": 4, "drop_epoch": 3},
         "doctor": {"epochs": 30, "drop_epoch": 24},
     },
@@ -183,9 +187,9 @@ def next_slices(config: PropagationConfig, net: nn.Module, waiting: list[SliceFi
     return sorted(np.argsort(doubt, kind="stable")[: config.per_round].tolist())
 
 
-def write_label(path: Path, probability: np.ndarray, soft: bool) -> float:
-    """Write one pseudo-label as an 8-bit PNG; return its share of lesion pixels."""
-    label = write_map(path, probability if soft else probability > 0.5)
+def write_label(path: Path, probability: np.ndarray, cut: float | None) -> float:
+    """Write one pseudo-label, cut or not, as an 8-bit PNG; return its share of lesion pixels."""
+    label = write_map(path, probability if cut is None else probability > cut)
     return float((label > 127).mean())
 
 
@@ -208,12 +212,12 @@ def check_drift(history: list[dict], doctor_share: float, limits: tuple[float, .
     recent = float(np.mean(shares[-RECENT:]))
     low, high = (limit * doctor_share for limit in limits)
     if not low <= recent <= high:
-        what, number = "emptied" if recent < low else "flooded", history[-1]["round"]
+        what, cut = ("emptied", "lower") if recent < low else ("flooded", "higher")
         raise Drift(
-            f"round {number}: the labels have {what}. The last {RECENT} hold {recent:.1%} lesion on average, "
-            f"the doctor's {doctor_share:.1%}; allowed is {low:.1%} to {high:.1%}. Start anew from a better "
-            "network, with a lower 'lr' or fewer 'epochs'; let trained networks label the pool at once "
-            "(covidnb.training.ensemble --pool); or widen 'share_limits' if the pool is like that"
+            f"round {history[-1]['round']}: the labels have {what}. The last {RECENT} hold {recent:.1%} "
+            f"lesion on average, the doctor's {doctor_share:.1%}; allowed is {low:.1%} to {high:.1%}. Start "
+            f"anew from a better network, with a lower 'lr' or a {cut} 'cut'; let trained networks label the "
+            "pool at once (covidnb.training.ensemble --pool); or widen 'share_limits' if the pool is like that"
         )
 
 
@@ -299,7 +303,7 @@ class _Propagation:
         waiting = [f for f in self.pool if f.name not in done]
         chosen = [waiting[k] for k in next_slices(config, self.net, waiting, self.learning.size)]
         maps = predict_slices(self.net, chosen, self.learning.size)
-        shares = [write_label(f.mask, p, config.soft) for f, p in zip(chosen, maps, strict=True)]
+        shares = [write_label(f.mask, p, config.cut) for f, p in zip(chosen, maps, strict=True)]
         old = list(range(len(self.doctor))) + sorted(position[name] for name in done)
         learnt = to_learn_from(config, number, old, [position[f.name] for f in chosen])
         terms = self.fine_tune(number, learnt)
@@ -338,7 +342,7 @@ class _Propagation:
         watched = self.pool[len(self.pool) - min(self.config.watched, len(self.pool)) :]
         if watched:
             for f, p in zip(watched, predict_slices(self.net, watched, self.learning.size), strict=True):
-                write_label(self.run.folder / "watch" / f.name / f"round_{number + 1:04d}.png", p, soft=True)
+                write_label(self.run.folder / "watch" / f.name / f"round_{number + 1:04d}.png", p, cut=None)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -217,7 +217,7 @@ def check_drift(history: list[dict], doctor_share: float, limits: tuple[float, .
             f"round {history[-1]['round']}: the labels have {what}. The last {RECENT} hold {recent:.1%} "
             f"lesion on average, the doctor's {doctor_share:.1%}; allowed is {low:.1%} to {high:.1%}. Start "
             f"anew from a better network, with a lower 'lr' or a {cut} 'cut'; let trained networks label the "
-            "pool at once (covidnb.training.ensemble --pool); or widen 'share_limits' if the pool is like that"
+            "pool at once (covidnb.training.ensemble --pool); or widen 'share_limits' for a pool like that"
         )
 
 

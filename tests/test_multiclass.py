@@ -32,6 +32,7 @@ from covidnb.slices.multiclass import (
 from covidnb.training import infnet
 from covidnb.training.multiclass import (
     MultiClassConfig,
+    average,
     build,
     configure,
     grey_reference,
@@ -42,6 +43,7 @@ from covidnb.training.multiclass import (
     split_slices,
     train,
 )
+from covidnb.training.multiclass.maps import named_within
 from covidnb.training.run import ConfigError, Run, parse_config
 from covidnb.training.threshold import ConsolidationCut
 
@@ -461,6 +463,67 @@ def test_weights_of_infnet_make_the_prior(tiny, tmp_path):
         train(replace(config, fold=0), tmp_path / "other")
     train(replace(config, fold=None), tmp_path / "test")  # the test part, nobody has learnt from
     assert {p.stem for p in (tmp_path / "test" / "prior").iterdir()} == {f"patient9_{k}" for k in (1, 2, 3)}
+
+
+def stored(config: MultiClassConfig, folder: Path, seed: int) -> str:
+    """Weights of an untrained network on classes, as a run would have stored them; returns their path."""
+    torch.manual_seed(seed)
+    run = Run(folder, config)
+    run.save_weights(build(config))
+    return str(run.weights_path)
+
+
+def test_average_of_networks_under_another_prior(tiny, tmp_path, capsys):
+    small = replace(tiny, network="unet", width=4, size=32, seed=0)
+    weights = [stored(small, tmp_path / str(seed), seed) for seed in (0, 1)]
+    _, held_out = split_slices(small)
+    for f in held_out:  # the left half of each slice
+        half = np.where(np.arange(64) < 32, 255, 0).astype(np.uint8) * np.ones((64, 1), np.uint8)
+        (tmp_path / "halves").mkdir(exist_ok=True)
+        Image.fromarray(half).save(tmp_path / "halves" / f"{f.name}.png")
+    asked = ["--data", small.data, "--prior", str(tmp_path / "halves")]
+    average.main([str(tmp_path / "both"), *weights, *asked, "--lesions", "prior"])
+    printed = json.loads(capsys.readouterr().out)
+    scores = json.loads((tmp_path / "both" / "metrics.json").read_text())["scores"]
+    assert printed["GGO"]["dice_where_present"] == scores["GGO"]["dice_where_present"]
+    assert "one grey value" in scores
+    networks = [load_network(path) for path in weights]
+    for f in held_out:
+        prior = read_prior(f, tmp_path / "halves")
+        each = [predict_slice(*network, read_image(f.image), prior) for network in networks]
+        classes = read_classes(tmp_path / "both" / "predictions" / f"{f.name}.png")
+        np.testing.assert_array_equal(classes > 0, prior >= 128)
+        within = np.mean([named_within(one, prior >= 128) for one in each], axis=0)
+        np.testing.assert_array_equal(classes, within.argmax(0))
+    average.main([str(tmp_path / "free"), *weights, *asked])
+    free = read_classes(tmp_path / "free" / "predictions" / f"{held_out[-1].name}.png")
+    np.testing.assert_array_equal(free, np.mean(each, axis=0).argmax(0))
+
+
+def test_average_refuses_what_would_be_no_score(tiny, tmp_path):
+    weights = stored(replace(tiny, network="unet", width=4, fold=1), tmp_path / "run", 0)
+    with pytest.raises(ConfigError, match="'prior' is 'none', but the network of .* takes an"):
+        average.evaluate(average.AverageConfig((weights,), data=tiny.data), tmp_path / "out")
+    with pytest.raises(ConfigError, match="held out fold 1, not 0: its maps"):
+        average.evaluate(average.AverageConfig((weights,), "label", data=tiny.data, fold=0), tmp_path / "out")
+    with pytest.raises(ConfigError, match="at least one weights"):
+        average.AverageConfig()
+    with pytest.raises(ConfigError, match="'lesions': the network was to learn without"):
+        MultiClassConfig(prior="none", lesions="prior")
+    assert not (tmp_path / "out").exists()
+
+
+@given(
+    hnp.arrays(np.float32, (3, 4, 5), elements=st.floats(0, 1, width=32)),
+    hnp.arrays(bool, (4, 5)),
+)
+def test_named_within_names_all_of_the_lesion_and_nothing_else(maps, lesion):
+    named = named_within(maps, lesion)
+    classes = named.argmax(0)
+    np.testing.assert_array_equal(classes > 0, lesion)
+    np.testing.assert_allclose(named.sum(0), 1, rtol=1e-5)
+    sure = lesion & (np.abs(maps[1] - maps[2]) > 1e-6)
+    np.testing.assert_array_equal(classes[sure], 1 + (maps[2] > maps[1])[sure])
 
 
 def test_other_weights_are_refused(tmp_path):

@@ -28,6 +28,9 @@ class MultiClassConfig(SliceConfig):
     eval_prior: str = ""
     """That of the evaluated slices: a folder of maps, the weights.safetensors of an Inf-Net run, or "label",
     which tells how well a perfect prior would do. Never assumed: a run with a prior must name it."""
+    lesions: Literal["network", "prior"] = "network"
+    """Who says what is lesion in an evaluated slice: the network, or the prior, cut at one half, in which the
+    network names what is there. The better the prior, the better the latter."""
     channel_order: Literal["plain", "official"] = "plain"
     """"official": the released one-hot, in which class k lands in channel k - 1."""
     optimizer: Literal["sgd", "adam"] = "sgd"
@@ -56,6 +59,8 @@ class MultiClassConfig(SliceConfig):
             )
         if self.eval_prior and not self.takes_prior:
             raise ConfigError("parameter 'eval_prior' needs a 'prior': the network was to learn without one")
+        if self.lesions == "prior" and not self.takes_prior:
+            raise ConfigError("parameter 'lesions': the network was to learn without a 'prior' to go by")
         if self.channel_order == "official" and self.loss != "bce":
             raise ConfigError(
                 "parameter 'channel_order': the released one-hot gives pixels two classes or none, "

@@ -26,6 +26,16 @@ def probabilities(logits: Tensor, config: MultiClassConfig) -> Tensor:
     return torch.sigmoid(logits) if config.loss == "bce" else logits.softmax(1)
 
 
+def named_within(maps: np.ndarray, lesion: np.ndarray) -> np.ndarray:
+    """Class probabilities (3, H, W) where it is settled what is lesion, bool (H, W): what is left is naming.
+
+    Inside, ground glass and consolidation share the probability as they did before; outside there is none.
+    """
+    tiny = np.finfo(np.float32).tiny  # where a network gives neither kind anything, they share alike
+    kinds = (maps[1:] + tiny) / (maps[1:] + tiny).sum(0)
+    return np.stack([~lesion, *(kinds * lesion)]).astype(np.float32)
+
+
 @torch.no_grad()
 def predict_slice(
     net: nn.Module, config: MultiClassConfig, grey: np.ndarray, prior: np.ndarray | None = None
@@ -37,7 +47,7 @@ def predict_slice(
     net : Module
         Of `load_network`, or the authors' weights in a `MultiClassUNet` with `channel_order` "official".
     config : MultiClassConfig
-        Its size, loss, channel order and flips tell how to feed and read the network.
+        Its size, loss, channel order, flips and lesions tell how to feed and read the network.
     grey : uint8 (H, W)
         The slice, in a lung window, cropped to the lungs.
     prior : uint8 (H, W), optional
@@ -67,7 +77,8 @@ def predict_slice(
     net.train(was_training)
     sized = [resize(one[None], plane.shape) for one, plane in zip(logits, greys, strict=True)]
     maps = [probabilities(one, config)[0].numpy() for one in sized]
-    return mean_of_positions(maps) if config.flips else maps[0]
+    classes = mean_of_positions(maps) if config.flips else maps[0]
+    return named_within(classes, prior >= 128) if config.lesions == "prior" else classes
 
 
 def predict_slices(

@@ -102,3 +102,12 @@ def test_records_are_whole(path):
         assert run.get("slices") or run["volumes"]
         assert run["versions"]["torch"]
         assert not [value for value in run["config"].values() if str(value).startswith("/")], run["name"]
+
+
+def test_propagations_are_drawn_by_slices_labelled(records):
+    lines = ["run,round,labelled,share", "soft,1,40,0.05", "soft,2,80,0.11", "cut,1,40,0.03"]
+    (results.RECORDS / "rounds.csv").write_text("\n".join(lines))
+    (ax,) = results.propagation_figure("rounds", {"soft": "as they are", "cut": "cut"}, 14.5).axes
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in ax.lines}
+    assert drawn["as they are"] == [[40, 5], [80, 11]] and drawn["cut"] == [[40, 3]]
+    assert drawn["the doctor's labels"][0][1] == 14.5

@@ -1,11 +1,16 @@
-"""The tables of the results page, made of what runs have written to data/results."""
+"""Tables and a figure of the results page, made of what runs have written to data/results."""
 
 import json
 import re
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from IPython.display import Markdown
+from matplotlib.figure import Figure
+
+from covidnb.view import use_style
 
 RECORDS = Path(__file__).resolve().parents[2] / "data" / "results"
 SCORES = {
@@ -80,6 +85,28 @@ def test_table(name: str, titles: dict[str, str], published: tuple[str, ...]) ->
             minutes = np.mean([run["seconds"] for run in runs]) / 60
             lines.append(f"| {title} | {figures} | {len(runs)} | {f'{minutes:.0f}' if minutes else ''} |")
     return Markdown("\n".join(lines))
+
+
+def propagation_figure(name: str, titles: dict[str, str], lesion_share: float) -> Figure:
+    """Share of lesion in the labels that each round of some propagations wrote.
+
+    Parameters
+    ----------
+    name : the record, a CSV file of tools/record_logs.py.
+    titles : run to the name of its line, in their order.
+    lesion_share : that of the doctor's labels, in percent of a slice; drawn across.
+    """
+    use_style()
+    rows = pd.read_csv(RECORDS / f"{name}.csv")
+    figure, ax = plt.subplots(figsize=(7, 3))
+    for run, title in titles.items():
+        one = rows[rows["run"] == run]
+        ax.plot(one["labelled"], 100 * one["share"], "o-", ms=3, label=title)
+    ax.axhline(lesion_share, color="#444444", ls="--", lw=1, label="the doctor's labels")
+    ax.set(xlabel="slices labelled", ylabel="lesion in new labels, % of the slice", ylim=(0, None))
+    ax.legend(ncols=2)
+    plt.close(figure)  # the page shows what is returned, once
+    return figure
 
 
 def fold_table(name: str, titles: dict[str, str], reference: str) -> Markdown:

@@ -2,7 +2,7 @@
 
 From the same start, one round of the recipe "lite" in several ways: labels cut or not, batch statistics
 moving or frozen, with and without the overlap term of the loss. Then the share of lesion that the network
-calls in slices of the pool that it has not learnt from, before and after. Nobody's masks are needed.
+calls in slices of the pool that it has not learnt from, before and after. The pool needs no masks.
 
     python benchmarks/propagation_round.py START --data covid-semiseg
 """
@@ -22,7 +22,7 @@ from covidnb.slices import list_slices, semiseg_root
 from covidnb.training.infnet import load_network, predict_slices
 from covidnb.training.semi_infnet import STAGES, PropagationConfig, propagate
 
-PROBED = 24  # slices of the pool whose share is measured
+PROBED = 24  # slices of the pool whose share is measured, at most
 
 
 def without_overlap(logits, mask, official=False, weight=None):
@@ -64,8 +64,8 @@ def main() -> None:
     here = {"start": asked.start, "data": asked.data, "precision": asked.precision}
     pool = list_slices(semiseg_root(asked.data), "pseudo")
     order = np.random.default_rng(0).permutation(len(pool))  # as the propagation's, seed 0
-    probed = [pool[k] for k in order[-PROBED:]]
-    print(f"before: {called(asked.start, probed, lite['size']):.2f} % of {PROBED} slices of the pool")
+    probed = [pool[k] for k in order[lite["per_round"] :][-PROBED:]]
+    print(f"before: {called(asked.start, probed, lite['size']):.2f} % of {len(probed)} slices of the pool")
     print("| labels | batch statistics | overlap term | called after one round, % |")
     print("| --- | --- | --- | --- |")
     for cut, still, cross_entropy in VARIANTS:

@@ -23,7 +23,8 @@ from covidnb.metrics import infected_share
 from covidnb.slices import lung_slices
 from covidnb.slices.multiclass import CLASSES
 from covidnb.training import multiclass
-from covidnb.training.infnet import InfNetConfig, load_network, predict_greys
+from covidnb.training.ensemble import average_maps
+from covidnb.training.infnet import InfNetConfig, load_network
 from covidnb.training.run import ConfigError, versions
 
 BATCH = 8  # slices that go through the network at once
@@ -31,7 +32,9 @@ Networks = list[tuple[nn.Module, InfNetConfig]]
 THRESHOLD = 0.5  # a voxel is lesion from this probability on
 
 
-def lesion_probability(networks: Networks, ct: sitk.Image, lungs: sitk.Image) -> np.ndarray:
+def lesion_probability(
+    networks: Networks, ct: sitk.Image, lungs: sitk.Image, flips: bool = False
+) -> np.ndarray:
     """Run slice networks over a scan as they were trained: slices in the lung window, cropped to the lungs.
 
     Parameters
@@ -41,6 +44,8 @@ def lesion_probability(networks: Networks, ct: sitk.Image, lungs: sitk.Image) ->
         their maps are averaged.
     ct, lungs : SimpleITK.Image
         LPS, in HU, and the lungs on the same grid.
+    flips : bool
+        Average over each slice's eight positions too.
 
     Returns
     -------
@@ -53,7 +58,7 @@ def lesion_probability(networks: Networks, ct: sitk.Image, lungs: sitk.Image) ->
     for start in tqdm(range(0, len(slices), BATCH), desc="slices", unit=f"{BATCH} slices"):
         some = slices[start : start + BATCH]
         greys = [grey for _, grey, _ in some]
-        each = [predict_greys(net, greys, config.size) for net, config in networks]
+        each = [average_maps(net, greys, config.size, flips) for net, config in networks]
         for (z, _, box), *maps in zip(some, *each, strict=True):
             probability[z][box] = np.mean(maps, axis=0)
     return np.where(inside, probability, np.float32(0))
@@ -74,7 +79,7 @@ def lesion_classes(
     ct, lungs : SimpleITK.Image
         As in `lesion_probability`.
     prior : (z, y, x) float32
-        What `lesion_probability` returned: where lesion is. A network that takes no prior does without.
+        What `lesion_probability` returned: where lesion is.
 
     Returns
     -------
@@ -85,7 +90,7 @@ def lesion_classes(
     inside = sitk.GetArrayViewFromImage(lungs) > 0
     classes = np.zeros(inside.shape, np.uint8)
     for z, grey, box in tqdm(list(lung_slices(ct, lungs)), desc="classes", unit="slice"):
-        here = np.round(prior[z][box] * 255).astype(np.uint8) if config.takes_prior else None
+        here = np.round(prior[z][box] * 255).astype(np.uint8)
         classes[z][box] = multiclass.predict_slice(net, config, grey, here).argmax(0)
     return np.where(inside, classes, np.uint8(0))
 
@@ -93,7 +98,7 @@ def lesion_classes(
 def predict(
     scan: str | Path,
     out: str | Path,
-    weights: Sequence[str | Path],
+    weights: str | Path | Sequence[str | Path],
     classes: str | Path | None = None,
     **how_stored,
 ) -> dict:
@@ -105,11 +110,11 @@ def predict(
         What `covidnb.ct.read_ct` reads.
     out : str or Path
         Folder for the results; made if missing.
-    weights : sequence of str or Path
+    weights : str, Path, or several
         weights.safetensors of runs on infection slices; several networks are averaged.
     classes : str or Path, optional
-        weights.safetensors of a multi-class run. Its network has the last word then: the mask holds 1 for
-        ground glass and 2 for consolidation, with the average of `weights` as its prior.
+        weights.safetensors of a multi-class run with a prior, which is what `weights` say: the mask holds 1
+        for ground glass and 2 for consolidation. Flips, and who says what is lesion, are as in that run.
     **how_stored
         Passed to `read_ct`: `series`, `stored_window`.
 
@@ -126,11 +131,17 @@ def predict(
     ConfigError
         Where the weights cannot.
     """
+    weights = [weights] if isinstance(weights, str | Path) else list(weights)
+    if not weights:
+        raise ConfigError("no weights: give weights.safetensors of at least one run")
     networks = [load_network(path) for path in weights]
     namer = multiclass.load_network(classes) if classes else None
+    if namer and not namer[1].takes_prior:
+        raise ConfigError(f"{classes} is of a network that takes no prior: give one that learnt with a prior")
     ct = read_ct(scan, **how_stored)
     lungs = segment_lungs(ct)
-    probability = lesion_probability(networks, ct, lungs)
+    probability = lesion_probability(networks, ct, lungs, flips=bool(namer and namer[1].flips))
+    by_threshold = not namer or namer[1].lesions == "prior"
     if namer:
         mask = lesion_classes(namer, ct, lungs, probability)
     else:
@@ -147,7 +158,7 @@ def predict(
         "lesions_ml": millilitres(mask),
         "infected_share_percent": round(infected_share(mask > 0, inside), 2),
         **({f"{name}_ml": millilitres(mask == k) for k, name in enumerate(CLASSES) if k} if namer else {}),
-        "threshold": None if namer else THRESHOLD,
+        "threshold": THRESHOLD if by_threshold else None,
         "weights_sha256": {
             str(path): hashlib.sha256(Path(path).read_bytes()).hexdigest()
             for path in (*weights, *([classes] if classes else []))
@@ -167,7 +178,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m covidnb.predict", description=__doc__.splitlines()[0])
     parser.add_argument("scan", help="DICOM folder, NIfTI, MHA or NRRD file")
     parser.add_argument("out", help="folder for mask.nii.gz and report.json")
-    parser.add_argument("--weights", nargs="+", required=True, help="weights.safetensors of one run or more")
+    parser.add_argument(
+        "--weights", action="append", required=True, help="weights.safetensors of a run; again for an average"
+    )
     parser.add_argument("--classes", help="weights.safetensors of a multi-class run: GGO 1, consolidation 2")
     parser.add_argument("--series", help="SeriesInstanceUID, where a DICOM folder holds several")
     parser.add_argument(

@@ -484,17 +484,18 @@ def test_average_of_networks_under_another_prior(tiny, tmp_path, capsys):
     asked = ["--data", small.data, "--prior", str(tmp_path / "halves")]
     average.main([str(tmp_path / "both"), *weights, *asked, "--lesions", "prior"])
     printed = json.loads(capsys.readouterr().out)
-    scores = json.loads((tmp_path / "both" / "metrics.json").read_text())["scores"]
-    assert printed["GGO"]["dice_where_present"] == scores["GGO"]["dice_where_present"]
-    assert "one grey value" in scores
-    networks = [load_network(path) for path in weights]
+    networks, by_hand = [load_network(path) for path in weights], []
     for f in held_out:
         prior = read_prior(f, tmp_path / "halves")
         each = [predict_slice(*network, read_image(f.image), prior) for network in networks]
+        by_hand.append(np.mean([named_within(one, prior >= 128) for one in each], axis=0))
         classes = read_classes(tmp_path / "both" / "predictions" / f"{f.name}.png")
         np.testing.assert_array_equal(classes > 0, prior >= 128)
-        within = np.mean([named_within(one, prior >= 128) for one in each], axis=0)
-        np.testing.assert_array_equal(classes, within.argmax(0))
+        np.testing.assert_array_equal(classes, by_hand[-1].argmax(0))
+    expected = score(by_hand, held_out)
+    for kind in ("GGO", "consolidation"):
+        assert printed[kind]["dice_where_present"] == expected[kind]["dice_where_present"]
+    assert "one grey value" in json.loads((tmp_path / "both" / "metrics.json").read_text())["scores"]
     average.main([str(tmp_path / "free"), *weights, *asked])
     free = read_classes(tmp_path / "free" / "predictions" / f"{held_out[-1].name}.png")
     np.testing.assert_array_equal(free, np.mean(each, axis=0).argmax(0))
@@ -506,6 +507,15 @@ def test_average_refuses_what_would_be_no_score(tiny, tmp_path):
         average.evaluate(average.AverageConfig((weights,), data=tiny.data), tmp_path / "out")
     with pytest.raises(ConfigError, match="held out fold 1, not 0: its maps"):
         average.evaluate(average.AverageConfig((weights,), "label", data=tiny.data, fold=0), tmp_path / "out")
+    with pytest.raises(SliceError, match="does not exist: a folder of priors"):
+        average.evaluate(
+            average.AverageConfig((stored(tiny, tmp_path / "any", 0),), str(tmp_path), data=tiny.data),
+            tmp_path / "out",
+        )
+    with pytest.raises(ConfigError, match="holds a network, not maps"):
+        average.evaluate(average.AverageConfig((weights,), weights, data=tiny.data), tmp_path / "out")
+    with pytest.raises(SystemExit, match="error: .*none.safetensors"):
+        average.main([str(tmp_path / "out"), str(tmp_path / "none.safetensors")])
     with pytest.raises(ConfigError, match="at least one weights"):
         average.AverageConfig()
     with pytest.raises(ConfigError, match="'lesions': the network was to learn without"):

@@ -8,12 +8,15 @@ import SimpleITK as sitk
 import torch
 
 from covidnb import predict as predict_module
-from covidnb.nets import InfNet, MultiClassUNet
+from covidnb.ct import read_ct
+from covidnb.lungs import segment_lungs
+from covidnb.nets import InfNet, InfNetOutput, MultiClassUNet
 from covidnb.phantom import chest
-from covidnb.predict import lesion_classes, lesion_probability, main
-from covidnb.training.infnet import InfNetConfig
+from covidnb.predict import lesion_classes, lesion_probability, main, predict
+from covidnb.training import multiclass
+from covidnb.training.infnet import InfNetConfig, build, load_network
 from covidnb.training.multiclass import MultiClassConfig
-from covidnb.training.run import Run
+from covidnb.training.run import ConfigError, Run
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +42,6 @@ class Bright(torch.nn.Module):
         self.grey = torch.nn.Parameter(torch.tensor(float(grey)))
 
     def forward(self, x):
-        from covidnb.nets import InfNetOutput
-
         red = x[:, :1] * 0.229 + 0.485
         return InfNetOutput(*[100 * (red - self.grey / 255)] * 5)
 
@@ -93,29 +94,82 @@ def test_classes_lie_where_the_prior_is(patient):
     assert 2 * (found & wanted).sum() / (found.sum() + wanted.sum()) > 0.8
 
 
-def test_classes_from_the_command_line(patient, weights, tmp_path, capsys):
-    """Two networks find, one names: the mask holds its classes, the report a figure for each."""
-    torch.manual_seed(0)
-    config = MultiClassConfig(network="unet", width=4, size=32)
-    run = Run(tmp_path / "run", config)
-    net = MultiClassUNet(6, 4)
-    list(net.parameters())[-1].data[0] = -10  # never background: there is something to count
+def stored(folder, config, net):
+    """Weights as a run would have stored them."""
+    run = Run(folder, config)
     run.save_weights(net)
+    return str(run.weights_path)
+
+
+def test_two_networks_find_and_one_names(patient, weights, tmp_path, capsys):
+    """From the command line: the mask is what the parts make of the same scan, the report counts it."""
+    torch.manual_seed(1)
+    finder = InfNetConfig(network="unet", width=4, size=96)
+    net = build(finder).eval()
+    inside = sitk.GetArrayFromImage(patient.lungs) > 0
+    middles = [
+        np.median(lesion_probability([network], patient.ct, patient.lungs)[inside])
+        for network in (load_network(weights), (net, finder))
+    ]
+    # together they call about half of the lungs lesion, whatever each calls alone
+    list(net.parameters())[-1].data -= float(sum(np.log(m / (1 - m)) for m in middles))
+    other = stored(tmp_path / "other", finder, net)
+    config = MultiClassConfig(network="unet", width=4, size=32, lesions="prior")
+    namer = stored(tmp_path / "namer", config, MultiClassUNet(6, 4))
     scan, out = tmp_path / "scan.nii.gz", tmp_path / "out"
     sitk.WriteImage(patient.ct, scan)
-    asked = [str(scan), str(out), "--weights", str(weights), str(weights), "--classes", str(run.weights_path)]
+    asked = [str(scan), str(out), "--weights", str(weights), "--weights", other, "--classes", namer]
     assert main(asked) == 0
     report = json.loads(capsys.readouterr().out)
     mask = sitk.ReadImage(out / "mask.nii.gz")
+    found = sitk.GetArrayFromImage(mask)
+
+    ct = read_ct(scan)
+    lungs = segment_lungs(ct)
+    networks = [load_network(path) for path in (weights, other)]
+    prior = lesion_probability(networks, ct, lungs)
+    np.testing.assert_array_equal(found, lesion_classes(multiclass.load_network(namer), ct, lungs, prior))
+    np.testing.assert_array_equal(found > 0, prior >= 0.5)
+    alone = [lesion_probability([network], ct, lungs) >= 0.5 for network in networks]
+    assert all((one != (found > 0)).any() for one in alone)
+
     voxel_ml = np.prod(mask.GetSpacing()) / 1000
-    counts = np.bincount(sitk.GetArrayFromImage(mask).ravel(), minlength=3)
-    assert counts.size == 3 and counts[1:].any()
-    for name, count in zip(("GGO", "consolidation"), counts[1:], strict=True):
-        assert report[f"{name}_ml"] == pytest.approx(count * voxel_ml, abs=0.1)
-    assert report["lesions_ml"] == pytest.approx(counts[1:].sum() * voxel_ml, abs=0.1)
-    assert set(report["weights_sha256"]) == {str(weights), str(run.weights_path)}
-    assert main([*asked[:-1], str(weights)]) == 2
+    for k, name in enumerate(("GGO", "consolidation"), 1):
+        assert report[f"{name}_ml"] == pytest.approx((found == k).sum() * voxel_ml, abs=0.1)
+    assert report["lesions_ml"] == pytest.approx((found > 0).sum() * voxel_ml, abs=0.1)
+    assert set(report["weights_sha256"]) == {str(weights), other, namer}
+
+
+def test_flips_average_positions(patient):
+    """A network that looks at the left half of what it is given finds both halves, half as sure."""
+
+    class LeftHalf(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.none = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, x):
+            left = torch.linspace(1, -1, x.shape[-1]).sign() * 100
+            return InfNetOutput(*[left.expand(x.shape[0], 1, *x.shape[-2:]) + self.none] * 5)
+
+    network = [(LeftHalf().eval(), InfNetConfig(size=64))]
+    probability = lesion_probability(network, patient.ct, patient.lungs, flips=True)
+    inside = sitk.GetArrayFromImage(patient.lungs) > 0
+    assert np.abs(probability[inside] - 0.5).mean() < 0.05
+
+
+def test_other_weights_are_refused(patient, weights, tmp_path, capsys):
+    scan = tmp_path / "scan.nii.gz"
+    sitk.WriteImage(patient.ct, scan)
+    asked = [str(scan), str(tmp_path / "out"), "--weights", str(weights), "--classes"]
+    assert main([*asked, str(weights)]) == 2
     assert "knows no classes" in capsys.readouterr().err
+    config = MultiClassConfig(network="unet", width=4, size=32, prior="none")
+    assert main([*asked, stored(tmp_path / "alone", config, MultiClassUNet(3, 4))]) == 2
+    assert "takes no prior" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="no weights"):
+        predict(scan, tmp_path / "out", [])
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("orientation", ["LPS", "RAI", "ASL"])

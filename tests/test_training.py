@@ -93,6 +93,22 @@ class TestConfig:
         assert notebook_parameters(names) == {"data": "x", "epochs": 3, "fold": None}
 
 
+def test_a_folder_goes_on_with_its_own_config_only(tmp_path):
+    config = InfNetConfig(seed=3)
+    Run(tmp_path, config).checkpoint_path.parent.mkdir()
+    (tmp_path / "checkpoint" / "last.pt").touch()
+    Run(tmp_path, config)
+    with pytest.raises(ConfigError, match=r"was started with seed 3 \(now 4\): choose another folder"):
+        Run(tmp_path, replace(config, seed=4))
+    # a config of an older version, which had no such field, was as its default
+    old = json.loads((tmp_path / "config.json").read_text())
+    del old["clamp"]
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    Run(tmp_path, config)
+    with pytest.raises(ConfigError, match="was started with clamp 0.5"):
+        Run(tmp_path, replace(config, clamp=1.0))
+
+
 def test_a_loss_that_is_no_number_is_refused():
     check_finite({"total": 1.0}, "epoch 1")
     with pytest.raises(ConfigError, match="epoch 7: the loss 'edge' is inf.*precision 32-true"):

@@ -250,7 +250,11 @@ class Run:
         asked = json.loads(json.dumps(dataclasses.asdict(config)))
         path = self.folder / "config.json"
         if path.exists() and self.checkpoint_path.exists():
-            started = json.loads(path.read_text())
+            # what the config did not have yet when the run began was as its default
+            defaults = {
+                f.name: f.default for f in dataclasses.fields(config) if f.default != dataclasses.MISSING
+            }
+            started = json.loads(json.dumps(defaults)) | json.loads(path.read_text())
             fields = sorted(k for k in {*asked, *started} if asked.get(k) != started.get(k))
             if fields:
                 pairs = ", ".join(f"{k} {started.get(k)!r} (now {asked.get(k)!r})" for k in fields)

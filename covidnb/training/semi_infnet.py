@@ -64,7 +64,7 @@ class PropagationConfig:
     """Labelled slices, doctor's or pseudo, drawn anew each round to learn from beside the new ones."""
     cut: float | None = None
     """Label lesion what is above this probability, the rest not; None: labels are probabilities, as in the
-    data set's own. The overlap term of the loss pulls doubtful pixels up; a cut above 0.5 counters that."""
+    data set's own. Rounds tend to raise what is called lesion; a cut above 0.5 counters that."""
     epochs: int = 9
     """Passes over a round's slices (the released loop says ten and makes nine)."""
     size: int = 352

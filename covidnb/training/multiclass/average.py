@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from tqdm.auto import tqdm
 
-from covidnb.slices import read_image, training_split
+from covidnb.slices import SliceError, read_image, training_split
 from covidnb.slices.multiclass import read_prior, write_classes
 from covidnb.training.infnet import refuse_learnt
 from covidnb.training.multiclass import load_network
@@ -28,7 +28,8 @@ class AverageConfig:
     """weights.safetensors of finished runs on classes, all with a prior or all without; one is enough to see
     what another prior brings."""
     prior: str = "none"
-    """A folder of maps of the evaluated slices, "label" for the doctor's, "none" for networks without."""
+    """A folder of maps of the evaluated slices, "label" for the doctor's, "none" for networks without. Maps
+    are taken on trust: with a `fold`, they must be of networks that have not seen it."""
     lesions: Literal["network", "prior"] = "network"
     """As in MultiClassConfig, whatever the networks' runs had."""
     data: str = "phantom"
@@ -62,11 +63,15 @@ def evaluate(config: AverageConfig, out: str | Path) -> Run:
             wants = "takes an infection prior: give one" if theirs.takes_prior else "takes none"
             raise ConfigError(f"parameter 'prior' is {config.prior!r}, but the network of {path} {wants}")
         networks.append((net, replace(theirs, lesions=config.lesions)))
-    run = Run(out, config)
+    if config.prior.endswith(".safetensors"):
+        raise ConfigError(
+            f"parameter 'prior': {config.prior} holds a network, not maps: make them with "
+            "python -m covidnb.training.ensemble, and give its predictions/"
+        )
     files, held_out = training_split(config.data, config.fold, "multiclass_train", "multiclass_test")
-    maps = []
-    for f in tqdm(held_out, unit="slice"):
-        prior = None if config.prior == "none" else read_prior(f, config.prior)
+    priors = [None if config.prior == "none" else read_prior(f, config.prior) for f in held_out]
+    run, maps = Run(out, config), []
+    for f, prior in zip(tqdm(held_out, unit="slice"), priors, strict=True):
         each = [predict_slice(net, theirs, read_image(f.image), prior) for net, theirs in networks]
         maps.append(np.mean(each, axis=0))
         write_classes(run.folder / "predictions" / f"{f.name}.png", maps[-1].argmax(0).astype(np.uint8))
@@ -91,7 +96,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--fold", type=int, help="training fold to score, instead of the test part")
     asked = vars(parser.parse_args(argv))
     out, weights = asked.pop("out"), tuple(asked.pop("weights"))
-    run = evaluate(AverageConfig(weights, **asked), out)
+    try:
+        run = evaluate(AverageConfig(weights, **asked), out)
+    except (ConfigError, SliceError, OSError) as fault:
+        raise SystemExit(f"error: {fault}") from None
     scores = json.loads((run.folder / "metrics.json").read_text())["scores"]
     dice = {
         kind: {

@@ -30,7 +30,7 @@ class MultiClassConfig(SliceConfig):
     which tells how well a perfect prior would do. Never assumed: a run with a prior must name it."""
     lesions: Literal["network", "prior"] = "network"
     """Who says what is lesion in an evaluated slice: the network, or the prior, cut at one half, in which the
-    network names what is there. The better the prior, the better the latter."""
+    network names what is there."""
     channel_order: Literal["plain", "official"] = "plain"
     """"official": the released one-hot, in which class k lands in channel k - 1."""
     optimizer: Literal["sgd", "adam"] = "sgd"

@@ -496,6 +496,11 @@ def test_average_of_networks_under_another_prior(tiny, tmp_path, capsys):
     for kind in ("GGO", "consolidation"):
         assert printed[kind]["dice_where_present"] == expected[kind]["dice_where_present"]
     assert "one grey value" in json.loads((tmp_path / "both" / "metrics.json").read_text())["scores"]
+    average.main([str(tmp_path / "glass"), *weights, *asked, "--lesions", "prior", "--consolidation", "1e-6"])
+    for f, maps in zip(held_out, by_hand, strict=True):  # all lesion, nearly none of it consolidation
+        glass = read_classes(tmp_path / "glass" / "predictions" / f"{f.name}.png")
+        np.testing.assert_array_equal(glass > 0, maps.argmax(0) > 0)
+        np.testing.assert_array_equal(glass == 2, (1e-6 * maps[2] > maps[1]) & (maps[0] == 0))
     average.main([str(tmp_path / "free"), *weights, *asked])
     free = read_classes(tmp_path / "free" / "predictions" / f"{held_out[-1].name}.png")
     np.testing.assert_array_equal(free, np.mean(each, axis=0).argmax(0))
@@ -516,6 +521,8 @@ def test_average_refuses_what_would_be_no_score(tiny, tmp_path):
         average.evaluate(average.AverageConfig((weights,), weights, data=tiny.data), tmp_path / "out")
     with pytest.raises(SystemExit, match="error: .*none.safetensors"):
         average.main([str(tmp_path / "out"), str(tmp_path / "none.safetensors")])
+    with pytest.raises(ConfigError, match="'consolidation' must be positive"):
+        average.AverageConfig((weights,), "label", consolidation=0.0)
     with pytest.raises(ConfigError, match="at least one weights"):
         average.AverageConfig()
     with pytest.raises(ConfigError, match="'lesions': the network was to learn without"):

@@ -32,6 +32,9 @@ class AverageConfig:
     are taken on trust: with a `fold`, they must be of networks that have not seen it."""
     lesions: Literal["network", "prior"] = "network"
     """As in MultiClassConfig, whatever the networks' runs had."""
+    consolidation: float = 1.0
+    """Multiply the probability of consolidation by this before the likeliest class wins: below 1 is in favour
+    of ground glass. Chosen on folds, never on what is scored."""
     data: str = "phantom"
     """"phantom", "covid-semiseg", or a folder in the COVID-SemiSeg layout."""
     fold: int | None = None
@@ -40,6 +43,14 @@ class AverageConfig:
     def __post_init__(self):
         if not self.weights:
             raise ConfigError("parameter 'weights' needs at least one weights.safetensors of a finished run")
+        if not self.consolidation > 0:
+            raise ConfigError(f"parameter 'consolidation' must be positive, got {self.consolidation}")
+
+
+def weighed(maps: np.ndarray, consolidation: float) -> np.ndarray:
+    """Class probabilities (3, H, W), that of consolidation times a factor; they sum to one again."""
+    maps = maps * np.array([1, 1, consolidation], maps.dtype)[:, None, None]
+    return maps / maps.sum(0)
 
 
 def evaluate(config: AverageConfig, out: str | Path) -> Run:
@@ -73,7 +84,7 @@ def evaluate(config: AverageConfig, out: str | Path) -> Run:
     run, maps = Run(out, config), []
     for f, prior in zip(tqdm(held_out, unit="slice"), priors, strict=True):
         each = [predict_slice(net, theirs, read_image(f.image), prior) for net, theirs in networks]
-        maps.append(np.mean(each, axis=0))
+        maps.append(weighed(np.mean(each, axis=0), config.consolidation))
         write_classes(run.folder / "predictions" / f"{f.name}.png", maps[-1].argmax(0).astype(np.uint8))
     scores = score(maps, held_out)
     if config.prior != "none":
@@ -92,6 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("weights", nargs="+", help="weights.safetensors of finished runs on classes")
     parser.add_argument("--prior", default=AverageConfig.prior, help="folder of maps, label, or none")
     parser.add_argument("--lesions", default=AverageConfig.lesions, choices=["network", "prior"])
+    parser.add_argument("--consolidation", type=float, default=1.0, help="factor of its probability")
     parser.add_argument("--data", default=AverageConfig.data, help="phantom, covid-semiseg or a folder")
     parser.add_argument("--fold", type=int, help="training fold to score, instead of the test part")
     asked = vars(parser.parse_args(argv))

@@ -48,7 +48,9 @@ class AverageConfig:
 
 
 def weighed(maps: np.ndarray, consolidation: float) -> np.ndarray:
-    """Class probabilities (3, H, W), that of consolidation times a factor; they sum to one again."""
+    """Class probabilities (3, H, W), that of consolidation times a factor; they then sum to one."""
+    if consolidation == 1:
+        return maps  # as they are: learnt each against the rest, they need not sum to one
     maps = maps * np.array([1, 1, consolidation], maps.dtype)[:, None, None]
     return maps / maps.sum(0)
 

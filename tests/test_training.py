@@ -23,7 +23,6 @@ from safetensors.torch import save_file
 from covidnb.files import whole
 from covidnb.nets import InfNet
 from covidnb.training import infnet
-from covidnb.training import run as run_module
 from covidnb.training.infnet import InfNetConfig, load_network, predict_slices, split_slices, train
 from covidnb.training.loop import JointBatches, has_stalled
 from covidnb.training.run import ConfigError, Run, check_finite, notebook_parameters, parse_config
@@ -136,16 +135,19 @@ class TestRunFolder:
     def test_full_disk_keeps_the_older_checkpoint(self, tmp_path, monkeypatch):
         run = Run(tmp_path, InfNetConfig())
         run.save_checkpoint({"epoch": 1})
+        write = Path.write_bytes
 
-        def full(state, path):
-            Path(path).write_bytes(b"beginning")
+        def full(path, content):
+            write(path, bytes(content)[:50])
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(run_module.torch, "save", full)
-        with pytest.raises(OSError, match=r"last\.pt.*free some space"):
+        monkeypatch.setattr(Path, "write_bytes", full)
+        with pytest.raises(OSError, match=r"no room to write .*last\.pt: free some space"):
             run.save_checkpoint({"epoch": 2})
+        with pytest.raises(OSError, match=r"no room to write .*weights\.safetensors"):
+            run.save_weights(torch.nn.Linear(2, 2))
         assert run.load_checkpoint() == {"epoch": 1}
-        assert [p.name for p in run.checkpoint_path.parent.iterdir()] == ["last.pt"]
+        assert {p.name for p in tmp_path.rglob("*") if p.is_file()} == {"config.json", "last.pt"}
 
     def test_a_failed_write_leaves_nothing(self, tmp_path):
         with pytest.raises(RuntimeError), whole(tmp_path / "deep" / "file.json") as part:

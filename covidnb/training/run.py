@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from covidnb.files import whole
@@ -313,9 +313,14 @@ class Run:
             self._events.flush()
 
     def save_checkpoint(self, state: dict) -> None:
-        """Write all that the next step depends on; a kill at any moment leaves the one before or this one."""
+        """Write all that the next step depends on; a kill at any moment leaves the one before or this one.
+
+        Raises OSError, naming the file, where the disk is full.
+        """
+        # through memory: torch's own writer does not say that a disk is full
+        torch.save(state, content := io.BytesIO())
         with whole(self.checkpoint_path) as part:
-            torch.save(state, part)
+            part.write_bytes(content.getbuffer())
 
     def load_checkpoint(self) -> dict | None:
         """Read the last checkpoint, on the CPU; None where the run has not come that far.
@@ -389,7 +394,7 @@ class Run:
         made = {"network": type(net).__name__, "config": dataclasses.asdict(built_by or self.config)}
         header = {HEADER: json.dumps(made)}  # one entry: safetensors writes several in any order
         with whole(self.weights_path) as part:
-            save_file({k: v.contiguous().cpu() for k, v in net.state_dict().items()}, part, metadata=header)
+            part.write_bytes(save({k: v.contiguous().cpu() for k, v in net.state_dict().items()}, header))
 
 
 def read_weights(path: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:

@@ -83,3 +83,9 @@ def test_slices_that_were_learnt_are_not_scored(data, weights, tmp_path):
         evaluate(EnsembleConfig(weights=tuple(weights), data=str(data), fold=1), tmp_path)
     with pytest.raises(ConfigError, match="'weights' needs at least one"):
         EnsembleConfig()
+
+
+def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path):
+    with pytest.raises(SystemExit, match="error: .*none.safetensors"):
+        ensemble.main([str(tmp_path / "out"), str(tmp_path / "none.safetensors")])
+    assert not (tmp_path / "out").exists()

@@ -6,6 +6,7 @@
 
 import argparse
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from covidnb.metrics import null_nan
-from covidnb.slices import list_slices, read_image, semiseg_root, training_split
+from covidnb.slices import SliceError, list_slices, read_image, semiseg_root, training_split
 from covidnb.training.infnet import load_network, predict_greys, refuse_learnt, score, write_map
 from covidnb.training.positions import mean_of_positions, positions
 from covidnb.training.run import ConfigError, Run, versions
@@ -68,10 +69,10 @@ def evaluate(config: EnsembleConfig, out: str | Path) -> Run:
     ConfigError
         Where weights cannot be used, or a network has learnt from the fold that is to be scored.
     """
-    run = Run(out, config)
     networks = [load_network(path) for path in config.weights]
     for path, (_, theirs) in zip(config.weights, networks, strict=True):
         refuse_learnt("weights", path, theirs, config.data, config.fold)
+    run = Run(out, config)
     folder = run.folder / ("labels" if config.pool else "predictions")
     if config.pool:
         files = list_slices(semiseg_root(config.data), "pseudo")
@@ -91,22 +92,35 @@ def evaluate(config: EnsembleConfig, out: str | Path) -> Run:
     return run
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run from the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m covidnb.training.ensemble", description=evaluate.__doc__.splitlines()[0]
-    )
+def weights_parser(module: str, evaluate: Callable) -> argparse.ArgumentParser:
+    """Parser of a command that averages trained networks: where to, which, on what."""
+    does = evaluate.__doc__.splitlines()[0]
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=does)
     parser.add_argument("out", help="run folder")
     parser.add_argument("weights", nargs="+", help="weights.safetensors of finished runs")
-    parser.add_argument("--data", default=EnsembleConfig.data, help="phantom, covid-semiseg or a folder")
+    parser.add_argument("--data", default="phantom", help="phantom, covid-semiseg or a folder")
     parser.add_argument("--fold", type=int, help="training fold to score, instead of the test part")
+    return parser
+
+
+def evaluate_asked(kind: type, evaluate: Callable, parser: argparse.ArgumentParser, argv) -> dict:
+    """Do what a `weights_parser` was asked for; return metrics.json. Bad input ends in one sentence."""
+    asked = vars(parser.parse_args(argv))
+    out, weights = asked.pop("out"), tuple(asked.pop("weights"))
+    try:
+        run = evaluate(kind(weights, **asked), out)
+    except (ConfigError, SliceError, OSError) as fault:
+        raise SystemExit(f"error: {fault}") from None
+    return json.loads((run.folder / "metrics.json").read_text())
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run from the command line."""
+    parser = weights_parser("covidnb.training.ensemble", evaluate)
     parser.add_argument("--pool", action="store_true", help="label the unlabelled slices, score nothing")
     parser.add_argument("--flips", action="store_true", help="average over a slice's eight positions too")
     parser.add_argument("--sharpen", type=float, default=1.0, help="factor of the averaged map's logits")
-    asked = vars(parser.parse_args(argv))
-    out, weights = asked.pop("out"), tuple(asked.pop("weights"))
-    run = evaluate(EnsembleConfig(weights, **asked), out)
-    told = json.loads((run.folder / "metrics.json").read_text())
+    told = evaluate_asked(EnsembleConfig, evaluate, parser, argv)
     scores = told.get("scores", told["slices"])
     print(json.dumps({name: value for name, value in scores.items() if name != "per_slice"}, indent=2))
 

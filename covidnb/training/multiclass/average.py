@@ -3,7 +3,6 @@
 `python -m covidnb.training.multiclass.average RUN_FOLDER WEIGHTS... --data covid-semiseg --prior FOLDER`
 """
 
-import argparse
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,8 +11,9 @@ from typing import Literal
 import numpy as np
 from tqdm.auto import tqdm
 
-from covidnb.slices import SliceError, read_image, training_split
+from covidnb.slices import read_image, training_split
 from covidnb.slices.multiclass import read_prior, write_classes
+from covidnb.training.ensemble import evaluate_asked, weights_parser
 from covidnb.training.infnet import refuse_learnt
 from covidnb.training.multiclass import load_network
 from covidnb.training.multiclass.maps import grey_reference, predict_slice, score
@@ -98,23 +98,11 @@ def evaluate(config: AverageConfig, out: str | Path) -> Run:
 
 def main(argv: list[str] | None = None) -> None:
     """Run from the command line; prints Dice of the likeliest class."""
-    parser = argparse.ArgumentParser(
-        prog="python -m covidnb.training.multiclass.average", description=evaluate.__doc__.splitlines()[0]
-    )
-    parser.add_argument("out", help="run folder")
-    parser.add_argument("weights", nargs="+", help="weights.safetensors of finished runs on classes")
+    parser = weights_parser("covidnb.training.multiclass.average", evaluate)
     parser.add_argument("--prior", default=AverageConfig.prior, help="folder of maps, label, or none")
     parser.add_argument("--lesions", default=AverageConfig.lesions, choices=["network", "prior"])
     parser.add_argument("--consolidation", type=float, default=1.0, help="factor of its probability")
-    parser.add_argument("--data", default=AverageConfig.data, help="phantom, covid-semiseg or a folder")
-    parser.add_argument("--fold", type=int, help="training fold to score, instead of the test part")
-    asked = vars(parser.parse_args(argv))
-    out, weights = asked.pop("out"), tuple(asked.pop("weights"))
-    try:
-        run = evaluate(AverageConfig(weights, **asked), out)
-    except (ConfigError, SliceError, OSError) as fault:
-        raise SystemExit(f"error: {fault}") from None
-    scores = json.loads((run.folder / "metrics.json").read_text())["scores"]
+    scores = evaluate_asked(AverageConfig, evaluate, parser, argv)["scores"]
     dice = {
         kind: {
             "toolbox_of_argmax": round(scores[kind]["toolbox_of_argmax"]["meanDic"], 4),
